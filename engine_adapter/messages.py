@@ -1,0 +1,191 @@
+"""What passes between the gateway and an engine: the operations and their answers.
+
+Every type here is a bare value that `encode` turns into JSON and `decode` reads back
+strictly: a field of the wrong type or an unknown name is a `BadOperation`, so that a
+malformed body is found at the edge and never inside an engine.
+
+An engine serves them over HTTP under `PREFIX`:
+
+    GET     /stream2llm/info                          -> EngineInfo
+    POST    /stream2llm/prompts/{prompt_id}           Open       -> Progress
+    POST    /stream2llm/prompts/{prompt_id}/extend    Extend     -> Progress
+    POST    /stream2llm/prompts/{prompt_id}/finish    Finish     -> lines of Event
+    GET     /stream2llm/prompts/{prompt_id}           -> Progress
+    DELETE  /stream2llm/prompts/{prompt_id}           -> Progress, the last one
+
+Versions: `open` is version 0 and every later operation of a prompt carries the next
+number. An operation that repeats the newest version is answered with its first answer
+(a retry is safe); any other number is a `VersionConflict`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from engine_adapter.errors import BadOperation
+
+PREFIX = "/stream2llm"
+PROTOCOL_VERSION = 1
+
+PromptState = Literal["waiting", "running", "idle", "finishing"]
+"""`waiting`: has tokens to compute and none under way. `running`: being prefilled.
+`idle`: everything it may compute is computed (or evicted) and it waits for more input.
+`finishing`: its input is closed."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything on the wire."""
+
+
+class Open(Message):
+    """Begin an incremental prefill. Nothing is sampled until `Finish`."""
+
+    tokens: list[int]
+    cache_salt: str | None = None
+    """Separates the prefix cache of one tenant from another's."""
+    lease_s: float = 60.0
+    """Seconds of silence after which the engine frees the prompt."""
+
+
+class Extend(Message):
+    """Keep the first `keep` tokens, drop what is behind them, add `tokens`.
+
+    `keep` equal to the current length is an append.
+    """
+
+    version: int
+    keep: int
+    tokens: list[int]
+
+
+class Sampling(Message):
+    """How to sample, with the names and the defaults of the OpenAI and vLLM APIs.
+
+    `None` leaves a value to the engine's own default for its model.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    """How many alternatives to report at each position; 0 reports the sampled token only."""
+
+
+class Finish(Message):
+    """Close the input, as `Extend` does, and stream the answer."""
+
+    version: int
+    keep: int
+    tokens: list[int]
+    sampling: Sampling
+
+
+class Progress(Message):
+    """Where one prompt stands after an operation. All counts are tokens."""
+
+    prompt_id: str
+    version: int
+    state: PromptState
+    length: int
+    """Tokens the prompt has."""
+    computed: int
+    """Tokens of it whose KV the engine holds now; at most `length`."""
+    kept: int = 0
+    """Tokens of the earlier version that this operation left in place."""
+    invalidated: int = 0
+    """Tokens whose computed KV this operation gave back."""
+
+
+class TokenLogprob(Message):
+    """A token, its log-probability, and its text."""
+
+    token: str
+    logprob: float
+    top: list[TokenLogprob] = []
+
+
+class TokenEvent(Message, tag="tokens"):
+    """New output. `text` is what the tokens add to the answer; it may be empty while a
+    character or a possible stop string is incomplete."""
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprob] | None = None
+
+
+class DoneEvent(Message, tag="done"):
+    """The answer is complete; nothing follows."""
+
+    finish_reason: str
+    """`stop` or `length`, as in the OpenAI API."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that were computed before `Finish` arrived."""
+    completion_tokens: int
+
+
+class ErrorEvent(Message, tag="error"):
+    """The answer broke off; nothing follows. Fields as in `EngineError.to_json`."""
+
+    error: dict[str, object]
+
+
+Event = TokenEvent | DoneEvent | ErrorEvent
+
+
+class EngineInfo(Message):
+    """What an engine is and how busy it is."""
+
+    instance_id: str
+    """Changes when the engine process is started anew: its prompts are gone then."""
+    protocol_version: int
+    plugin_version: str
+    engine: str
+    """Name and version of the serving engine, e.g. `vllm 0.32.0`."""
+    model: str
+    operations: list[str]
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    block_size: int
+    """Tokens in one KV block."""
+    kv_blocks_total: int
+    kv_blocks_free: int
+    """Blocks no request holds; they may still serve prefix-cache hits."""
+    running: int
+    waiting: int
+    open_prompts: int
+    preemptions: int = 0
+    """How often the engine gave back a request's KV to make room, since its start."""
+
+
+M = TypeVar("M")
+
+
+def encode(message: Message) -> bytes:
+    """The message as JSON, without a trailing newline."""
+    return msgspec.json.encode(message)
+
+
+def decode(kind: type[M], body: bytes | str) -> M:
+    """Read a message of one kind.
+
+    Raises:
+        BadOperation: the body is not JSON, not UTF-8, or not of that kind.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise BadOperation(f"not a valid {getattr(kind, '__name__', 'message')}: {e}") from e
