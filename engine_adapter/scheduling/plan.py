@@ -1,0 +1,115 @@
+"""Who computes in the next step, and whose KV goes to make room.
+
+Pure: no vLLM, no clock, no I/O. A scheduler describes its requests as `View`s, orders them
+by a policy (`policies.py`), asks `plan` for a `Plan`, and carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One unfinished request as a policy and the planner see it."""
+
+    request_id: str
+    full: bool
+    """Its input is complete; False while chunks may still come (a partial request)."""
+    arrival_s: float
+    """When its first input arrived. Any clock, the same for all views."""
+    last_input_s: float
+    """When its newest input arrived."""
+    computed_tokens: int
+    remaining_tokens: int
+    """Tokens it could compute now."""
+    held_blocks: int
+    """KV blocks it holds, shared ones included."""
+    needed_blocks: int
+    """KV blocks it must hold before it may compute anything in this step."""
+    decoding: bool = False
+    """Its prompt is computed and it produces output."""
+    running: bool = False
+    """It occupies a slot of the running batch and keeps it, granted or not."""
+    divisible: bool = False
+    """Its tail blocks can be taken alone; otherwise a victim loses everything."""
+    pinned: bool = False
+    """Its blocks can't be taken (a transfer writes to them)."""
+    priority: int = 0
+    """The engine's own request priority: lower goes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """Take blocks from a request: it keeps its first `keep_blocks`."""
+
+    request_id: str
+    keep_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: how many tokens each request may compute, and who loses what first."""
+
+    grants: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Tokens by request id; who is not in it waits."""
+    evictions: Sequence[Eviction] = ()
+
+
+def plan(
+    order: Sequence[View],
+    *,
+    budget_tokens: int,
+    free_blocks: int,
+    slots: int,
+    freeable_blocks: Callable[[View], int] = lambda view: view.held_blocks,
+) -> Plan:
+    """Walk the requests in the order of the policy and grant while the step has room.
+
+    A full request may take blocks from requests behind it, from the back of the order on;
+    the walk stops at a full request that does not fit even so, so that nobody overtakes it.
+    A partial request computes ahead of its need: it uses free memory only and never costs
+    another request what that one has computed.
+
+    Args:
+        order: all unfinished requests, the most urgent first.
+        budget_tokens: tokens the step can compute.
+        free_blocks: KV blocks nobody holds.
+        slots: requests the running batch can have.
+        freeable_blocks: blocks that taking everything from a request would give back; fewer
+            than it holds where it shares some. Asked only of victims.
+    """
+    grants: dict[str, int] = {}
+    evictions: list[Eviction] = []
+    slots -= sum(view.running for view in order)
+    behind = len(order)  # those from here on have been asked for their blocks
+    for place, view in enumerate(order):
+        if budget_tokens <= 0:
+            break
+        if place >= behind:  # everybody from here on has just lost its blocks
+            break
+        grant = min(view.remaining_tokens, budget_tokens)
+        if grant <= 0 or (slots <= 0 and not view.running):
+            continue
+        missing = view.needed_blocks - view.held_blocks
+        while view.full and missing > free_blocks and behind - 1 > place:
+            behind -= 1
+            victim = order[behind]
+            freed = 0 if victim.pinned or not victim.held_blocks else freeable_blocks(victim)
+            if freed <= 0:
+                continue
+            taken = min(freed, missing - free_blocks) if victim.divisible else freed
+            keep = victim.held_blocks - taken if victim.divisible else 0
+            evictions.append(Eviction(victim.request_id, keep))
+            free_blocks += taken
+        if missing > free_blocks:
+            if view.full:
+                break
+            continue
+        grants[view.request_id] = grant
+        budget_tokens -= grant
+        free_blocks -= max(missing, 0)
+        slots -= not view.running
+    return Plan(grants, tuple(evictions))

@@ -1,0 +1,205 @@
+"""The engine's loop as its HTTP server reaches it.
+
+Operations on open prompts travel as one utility call, `EngineCore.stream2llm`, which the
+plug-in adds to vLLM's engine process; the closing one is an ordinary `generate`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
+from engine_adapter.messages import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    Sampling,
+    TokenEvent,
+    TokenLogprob,
+)
+from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
+from engine_adapter.vllm.sessions import Session, Status
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+
+logger = logging.getLogger("vllm.stream2llm")
+
+CALL_TIMEOUT_S = 120.0
+"""An operation waits for the step under way; more than this means the engine hangs."""
+
+NO_SCHEDULER = (
+    "this vLLM runs without the streaming scheduler; start it with "
+    "--scheduler-cls engine_adapter.vllm.scheduler.StreamScheduler"
+)
+
+
+def stream2llm(self: EngineCore, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Carry out one operation in the engine's process; installed as a method of EngineCore.
+
+    Never raises: an exception here would be logged by vLLM as a failure of its own.
+    """
+    scheduler = self.scheduler
+    if not isinstance(scheduler, StreamScheduler):
+        return {"error": NO_SCHEDULER}
+    try:
+        return _apply(scheduler, self.request_block_hasher, operation, arguments)
+    except KeyError as e:
+        return {"error": f"no open prompt {e}"}
+    except Exception as e:
+        logger.exception("operation %s failed", operation)
+        return {"error": f"{operation}: {e!r}"}
+
+
+def _apply(
+    scheduler: StreamScheduler, hasher: Any, operation: str, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    match operation:
+        case "open":
+            return scheduler.open_prompt(hasher=hasher, **arguments)
+        case "extend":
+            return scheduler.extend_prompt(**arguments)
+        case "close":
+            scheduler.close_prompt(**arguments)
+            return {}
+        case "status":
+            return scheduler.status(**arguments)
+        case "load":
+            return scheduler.load()
+        case "check":
+            scheduler.check_blocks()
+            return {}
+    raise ValueError(f"unknown operation {operation!r}")
+
+
+class VllmEngine:
+    """The `Core` of `Sessions`, and the answers, on a running AsyncLLM."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+        self._defaults: dict[str, Any] = llm.model_config.get_diff_sampling_param()
+
+    async def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None) -> Status:
+        return await self._call(
+            "open", {"prompt_id": prompt_id, "tokens": tokens, "cache_salt": cache_salt}
+        )
+
+    async def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
+        return await self._call("extend", {"prompt_id": prompt_id, "keep": keep, "tokens": tokens})
+
+    async def status(self, prompt_id: str) -> Status:
+        return await self._call("status", {"prompt_id": prompt_id})
+
+    async def close(self, prompt_id: str) -> Status:
+        return await self._call("close", {"prompt_id": prompt_id})
+
+    async def load(self) -> Status:
+        """How busy the engine is; see `StreamScheduler.load`."""
+        return await self._call("load", {})
+
+    async def _call(self, operation: str, arguments: dict[str, Any]) -> Status:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                answer = await self._llm.engine_core.call_utility_async(
+                    "stream2llm", operation, arguments
+                )
+        except (EngineDeadError, TimeoutError) as e:
+            raise EngineUnavailable("the engine does not answer") from e
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        result: Status = answer
+        return result
+
+    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> SamplingParams:
+        """vLLM's form of a `Sampling`; what it leaves open comes from the model's defaults.
+
+        Args:
+            room: tokens that the answer may have at most.
+
+        Raises:
+            BadOperation: vLLM refuses a value.
+        """
+        given = {k: v for k, v in msgspec.structs.asdict(sampling).items() if v is not None}
+        known = inspect.signature(SamplingParams).parameters
+        values = {k: v for k, v in self._defaults.items() if k in known} | given
+        values["max_tokens"] = min(values.get("max_tokens") or room, room)
+        try:
+            return SamplingParams(
+                **values,
+                output_kind=RequestOutputKind.DELTA,
+                extra_args={ADOPT: prompt_id},
+            )
+        except (ValueError, TypeError) as e:
+            raise BadOperation(str(e)) from e
+
+    async def answer(
+        self, session: Session, params: SamplingParams, request_id: str
+    ) -> AsyncIterator[Event]:
+        """Generate the answer of a finished session. Closing the iterator aborts it."""
+        prompt = TokensPrompt(prompt_token_ids=session.tokens)
+        if session.cache_salt is not None:
+            prompt["cache_salt"] = session.cache_salt
+        completion_tokens = 0
+        try:
+            async for output in self._llm.generate(prompt, params, request_id):
+                completion = output.outputs[0]
+                completion_tokens += len(completion.token_ids)
+                if completion.finish_reason in ("abort", "error"):
+                    yield _broken("engine_unavailable", "the engine aborted the answer")
+                    return
+                yield _tokens(completion, params.logprobs)
+                if completion.finish_reason is not None:
+                    yield _done(output, completion.finish_reason, completion_tokens)
+        except (EngineDeadError, EngineGenerateError) as e:
+            yield _broken("engine_unavailable", f"the engine died: {e}")
+        except ValueError as e:
+            yield _broken("bad_operation", str(e))
+
+    async def abort(self, request_id: str) -> None:
+        """Stop an answer."""
+        await self._llm.abort(request_id)
+
+
+def _broken(code: str, message: str) -> ErrorEvent:
+    return ErrorEvent(error={"code": code, "message": message})
+
+
+def _done(output: RequestOutput, finish_reason: str, completion_tokens: int) -> DoneEvent:
+    return DoneEvent(
+        finish_reason=finish_reason,
+        prompt_tokens=len(output.prompt_token_ids or ()),
+        cached_tokens=output.num_cached_tokens or 0,
+        completion_tokens=completion_tokens,
+    )
+
+
+def _tokens(completion: CompletionOutput, wanted: int | None) -> TokenEvent:
+    ids = list(completion.token_ids)
+    logprobs = None
+    if wanted is not None and completion.logprobs is not None:
+        logprobs = [
+            _logprob(position, token_id, wanted)
+            for position, token_id in zip(completion.logprobs, ids, strict=True)
+        ]
+    return TokenEvent(token_ids=ids, text=completion.text, logprobs=logprobs)
+
+
+def _logprob(position: Mapping[int, Any], token_id: int, wanted: int) -> TokenLogprob:
+    best = sorted(position.values(), key=lambda entry: entry.rank)[:wanted]
+    sampled = position[token_id]
+    return TokenLogprob(
+        token=sampled.decoded_token or "",
+        logprob=sampled.logprob,
+        top=[TokenLogprob(token=e.decoded_token or "", logprob=e.logprob) for e in best],
+    )

@@ -1,0 +1,418 @@
+"""vLLM's scheduler, taught to prefill prompts that are still growing.
+
+For `--scheduler-cls engine_adapter.vllm.scheduler.StreamScheduler`.
+
+An open prompt is not one long-lived vLLM request. Each version of it is a new, ordinary
+request that inherits the KV blocks of its predecessor, and the request that finally answers
+is the last successor. The workers see nothing but finished requests and new ones with a
+cached prefix, so every feature of vLLM stays on and no worker code is touched.
+
+A version lives in vLLM's queues only while it computes; between its chunks it is *parked*:
+it holds blocks, but no slot and no time of the step loop, and its blocks can be taken back,
+from the tail on. While open, a prompt's last token is held back: the request stays a partial
+prefill for vLLM, which therefore samples nothing.
+
+Each step is decided by `plan` (grants and evictions), carried out here, and then delegated
+to vLLM's own `schedule`. With no prompt open this is vLLM's scheduler, unchanged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import Request, RequestStatus
+
+from engine_adapter.scheduling import policies
+from engine_adapter.scheduling.plan import Plan, View, plan
+from engine_adapter.vllm.kv import BlockTables
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    BlockHasher = Callable[[Request], list[BlockHash]]
+
+ADOPT = "stream2llm_prompt"
+"""Key in `SamplingParams.extra_args`: the open prompt that a request is the end of."""
+
+DEBUG_CHECKS = "STREAM2LLM_DEBUG_CHECKS"
+"""Environment: if `1`, block accounts are checked after each step (slow; for tests)."""
+
+
+@dataclass(slots=True)
+class OpenPrompt:
+    """A prompt whose input is not closed, and the request that stands for its version."""
+
+    prompt_id: str
+    request: Request
+    opened_s: float
+    last_input_s: float
+    scheduled: bool = False
+    """The request is in vLLM's queues; otherwise it is parked."""
+
+    @property
+    def remaining_tokens(self) -> int:
+        """What it may compute now: everything but the token that is held back."""
+        return max(self.request.num_tokens - 1 - self.request.num_computed_tokens, 0)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many first elements two lists share."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
+    """vLLM's asynchronous scheduler with open prompts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tables = BlockTables(self.kv_cache_manager)
+        self._prompts: dict[str, OpenPrompt] = {}
+        self._partial: dict[str, OpenPrompt] = {}  # by request id, those in vLLM's queues
+        self._grants: dict[str, int] | None = None  # None: vLLM decides alone
+        self._numbers = itertools.count()
+        self._replan = False
+        self._preemptions = 0
+        self._check = os.environ.get(DEBUG_CHECKS) == "1"
+
+    # Operations. Called between steps, on the thread of the engine's loop.
+
+    def open_prompt(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, hasher: BlockHasher | None
+    ) -> dict[str, int | str]:
+        """Begin a prompt; the caller has checked that the id is free."""
+        now = time.time()
+        request = self._version(prompt_id, tokens, now, cache_salt, hasher)
+        self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
+        self._replan = True
+        return self.status(prompt_id)
+
+    def extend_prompt(self, prompt_id: str, keep: int, tokens: list[int]) -> dict[str, int | str]:
+        """Keep the first tokens of a prompt and put others behind them.
+
+        Answers the status, with `invalidated`: computed tokens that were given back.
+        """
+        prompt = self._prompts[prompt_id]
+        before = prompt.request.num_computed_tokens
+        self._renew(prompt, prompt.request.prompt_token_ids[:keep] + tokens, keep)
+        prompt.last_input_s = time.time()
+        self._replan = True
+        given_back = max(before - prompt.request.num_computed_tokens, 0)
+        return self.status(prompt_id) | {"invalidated": given_back}
+
+    def close_prompt(self, prompt_id: str) -> None:
+        """Forget a prompt and free its blocks; an unknown one is no error."""
+        if (prompt := self._prompts.pop(prompt_id, None)) is not None:
+            self._withdraw(prompt)
+            self._free_request_blocks(prompt.request)
+            self._replan = True
+
+    def status(self, prompt_id: str) -> dict[str, int | str]:
+        """State, length and computed tokens of an open prompt."""
+        prompt = self._prompts[prompt_id]
+        request = prompt.request
+        running = request.status == RequestStatus.RUNNING
+        state = "running" if running else "waiting" if prompt.remaining_tokens else "idle"
+        return {
+            "state": state,
+            "length": request.num_tokens,
+            "computed": request.num_computed_tokens,
+        }
+
+    def load(self) -> dict[str, int]:
+        """How busy the engine is, in requests and KV blocks."""
+        running, waiting = self.get_request_counts()
+        pool = self.kv_cache_manager.block_pool
+        return {
+            "kv_blocks_total": pool.num_gpu_blocks - 1,  # one is vLLM's null block
+            "kv_blocks_free": pool.get_num_free_blocks(),
+            "running": running,
+            "waiting": waiting,
+            "open_prompts": len(self._prompts),
+            "preemptions": self._preemptions,
+        }
+
+    # What vLLM calls.
+
+    def add_request(self, request: Request) -> None:
+        """Take in a request; one that ends an open prompt inherits what that has computed."""
+        extra = (request.sampling_params and request.sampling_params.extra_args) or {}
+        prompt = self._prompts.pop(extra.get(ADOPT, ""), None)
+        if prompt is not None:
+            self._withdraw(prompt)
+            self._inherit(prompt.request, request, request.num_tokens)
+            request.arrival_time = prompt.opened_s
+            if request.num_computed_tokens and request.prefill_stats is not None:
+                request.prefill_stats.set(
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    num_local_cached_tokens=request.num_computed_tokens,
+                    num_external_cached_tokens=0,
+                )
+        super().add_request(request)
+
+    def has_requests(self) -> bool:
+        """Also true when an operation has given an open prompt something to compute."""
+        return self._replan or super().has_requests()
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """One step: decide, make room, delegate to vLLM."""
+        self._replan = False
+        # Waiting requests that hold blocks must be governed even with no prompt open:
+        # vLLM alone never takes blocks from them, and they could wait for each other.
+        if not self._prompts and not self.kv_holding_waiting:
+            return super().schedule(throttle_prefills)
+        hidden = self._carry_out(self._decide())
+        try:
+            return super().schedule(throttle_prefills)
+        finally:
+            self._grants = None
+            for request in hidden:
+                self._enqueue_waiting_request(request)
+            if self._check:
+                self.check_blocks()
+
+    def check_blocks(self) -> None:
+        """Raise RuntimeError if the block accounts do not balance."""
+        parked = (p.request.request_id for p in self._prompts.values())
+        deferred = sum(len(blocks) for _, blocks in self.deferred_frees)
+        self._tables.check(itertools.chain(self.requests, parked), deferred)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """vLLM asks here, in both its loops, how much of a request to compute."""
+        granted: int = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        if self._grants is not None:
+            granted = min(granted, self._grants.get(request.request_id, 0))
+        if request.request_id in self._partial:
+            granted = min(granted, request.num_tokens - 1 - num_computed_tokens)
+        return max(granted, 0)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            prompt = self._partial.get(request_id)
+            if prompt is not None and not prompt.remaining_tokens:
+                self._withdraw(prompt)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self._preemptions += 1
+
+    # Decide.
+
+    def _decide(self) -> Plan:
+        config = self.scheduler_config
+        return plan(
+            policies.order(self._views()),
+            budget_tokens=min(self.max_num_scheduled_tokens, config.max_num_batched_tokens),
+            free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            slots=self.max_num_active_reqs,
+            freeable_blocks=lambda view: self._tables.exclusive(view.request_id),
+        )
+
+    def _views(self) -> Iterator[View]:
+        for prompt in self._prompts.values():
+            yield self._view_of_prompt(prompt)
+        for request in itertools.chain(self.running, self.kv_holding_waiting, self.waiting):
+            if request.request_id not in self._partial:
+                yield self._view_of_request(request)
+
+    def _view_of_prompt(self, prompt: OpenPrompt) -> View:
+        request = prompt.request
+        running = request.status == RequestStatus.RUNNING
+        remaining = min(prompt.remaining_tokens, self.max_num_scheduled_tokens)
+        tokens = request.num_computed_tokens + remaining if running else request.num_tokens
+        return View(
+            request_id=request.request_id,
+            full=False,
+            arrival_s=prompt.opened_s,
+            last_input_s=prompt.last_input_s,
+            computed_tokens=request.num_computed_tokens,
+            remaining_tokens=prompt.remaining_tokens,
+            held_blocks=self._tables.held(request.request_id),
+            needed_blocks=self._tables.needed(tokens),
+            divisible=self._tables.can_inherit,
+        )
+
+    def _view_of_request(self, request: Request) -> View:
+        running = request.status == RequestStatus.RUNNING
+        remaining = (
+            request.num_tokens_with_spec
+            + request.num_output_placeholders
+            - request.num_computed_tokens
+        )
+        step = min(remaining, self.max_num_scheduled_tokens) + self.num_lookahead_tokens
+        # vLLM admits a waiting request only if its whole sequence fits.
+        tokens = request.num_computed_tokens + step if running else request.num_tokens
+        watermark = self.kv_cache_manager.watermark_blocks if self.running and not running else 0
+        return View(
+            request_id=request.request_id,
+            full=True,
+            arrival_s=request.arrival_time,
+            last_input_s=request.arrival_time,
+            computed_tokens=request.num_computed_tokens,
+            remaining_tokens=remaining,
+            held_blocks=self._tables.held(request.request_id),
+            needed_blocks=self._tables.needed(min(tokens, self.max_model_len)) + watermark,
+            decoding=running and not request.is_prefill_chunk,
+            running=running,
+            pinned=request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            or not self._request_blocks_can_be_freed(request),
+            priority=request.priority,
+        )
+
+    # Make room, and show vLLM what it may schedule.
+
+    def _carry_out(self, decided: Plan) -> list[Request]:
+        """Evict, bring the granted prompts into vLLM's queues, park the others.
+
+        Returns the waiting requests that were not granted. They are taken out of the queues
+        for this step, because vLLM stops at the first waiting request it can't schedule.
+        """
+        self._grants = dict(decided.grants)
+        by_request = {p.request.request_id: p for p in self._prompts.values()}
+        for eviction in decided.evictions:
+            prompt = by_request.pop(eviction.request_id, None)
+            if prompt is None:
+                self._evict_request(self.requests[eviction.request_id])
+            else:
+                self._evict_prompt(prompt, eviction.keep_blocks)
+        for request_id, prompt in by_request.items():
+            if request_id in self._grants:
+                self._activate(prompt)
+            elif prompt.scheduled:
+                self._renew(prompt, prompt.request.prompt_token_ids, prompt.request.num_tokens)
+        rank = {request_id: i for i, request_id in enumerate(self._grants)}
+        self.running.sort(key=lambda r: rank.get(r.request_id, len(rank)))
+        return self._hide_waiting(rank)
+
+    def _hide_waiting(self, rank: dict[str, int]) -> list[Request]:
+        waiting = [*self.kv_holding_waiting, *self.waiting]
+        self.kv_holding_waiting.remove_requests(waiting)
+        self.waiting.remove_requests(waiting)
+        granted = [r for r in waiting if r.request_id in rank]
+        for request in sorted(granted, key=lambda r: rank[r.request_id]):
+            self._enqueue_waiting_request(request)
+        return [r for r in waiting if r.request_id not in rank]
+
+    def _evict_request(self, request: Request) -> None:
+        """Take everything from an ordinary request, as vLLM's preemption does."""
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+            return
+        self.kv_holding_waiting.remove_requests([request])
+        self._free_request_blocks(request)
+        request.num_computed_tokens = 0
+        self._preemptions += 1
+        self._enqueue_waiting_request(request)
+
+    def _evict_prompt(self, prompt: OpenPrompt, keep_blocks: int) -> None:
+        """Take the tail blocks of an open prompt and park it."""
+        keep = min(keep_blocks * self._tables.block_size, prompt.request.num_computed_tokens)
+        self._renew(prompt, prompt.request.prompt_token_ids, keep)
+        self._preemptions += 1
+
+    def _activate(self, prompt: OpenPrompt) -> None:
+        if not prompt.scheduled:
+            prompt.scheduled = True
+            self._partial[prompt.request.request_id] = prompt
+            super().add_request(prompt.request)
+
+    # Versions.
+
+    def _version(
+        self,
+        prompt_id: str,
+        tokens: list[int],
+        arrival_s: float,
+        cache_salt: str | None,
+        hasher: BlockHasher | None,
+        block_hashes: list[BlockHash] | None = None,
+    ) -> Request:
+        """A request that stands for one version of an open prompt."""
+        request = Request(
+            request_id=f"{prompt_id}@{next(self._numbers)}",
+            prompt_token_ids=tokens,
+            sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
+            pooling_params=None,
+            arrival_time=arrival_s,
+            cache_salt=cache_salt,
+        )
+        request._block_hasher = hasher
+        request.block_hashes = block_hashes or []
+        request.update_block_hashes()
+        return request
+
+    def _renew(self, prompt: OpenPrompt, tokens: list[int], keep: int) -> None:
+        """Replace an open prompt's request by one with these tokens, and park it.
+
+        `keep`: first tokens that are the same in both and whose KV shall stay.
+        """
+        old = prompt.request
+        self._withdraw(prompt)
+        same = min(keep, len(tokens)) // self.hash_block_size
+        prompt.request = self._version(
+            prompt.prompt_id,
+            tokens,
+            prompt.opened_s,
+            old.cache_salt,
+            old._block_hasher,
+            old.block_hashes[:same],
+        )
+        self._inherit(old, prompt.request, keep)
+
+    def _inherit(self, old: Request, new: Request, keep: int) -> None:
+        """Hand the KV of a withdrawn request to its successor, as far as their tokens agree.
+
+        A step may still be computing the old request's newest tokens: workers run steps in
+        order, so what the successor's step reads is written by then.
+        """
+        keep = min(keep, common_prefix(old.prompt_token_ids, new.prompt_token_ids))
+        computed = min(keep, new.num_tokens - 1, old.num_computed_tokens)
+        shorter = computed < old.num_computed_tokens
+        if not self._tables.can_inherit or (shorter and not self._request_blocks_can_be_freed(old)):
+            self._free_request_blocks(old)  # the prefix cache still finds them
+            return
+        if shorter:
+            # Never into a block that is full: it is hashed and may be shared.
+            computed -= computed % self._tables.block_size
+            self._tables.cut(old.request_id, computed, self._free_blocks_of_tail)
+        self._tables.hand_over(old.request_id, new.request_id)
+        new.num_computed_tokens = computed
+
+    def _free_blocks_of_tail(self, blocks: list[KVCacheBlock]) -> None:
+        self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+
+    def _withdraw(self, prompt: OpenPrompt) -> None:
+        """Take a prompt's request out of vLLM's queues and the workers, blocks untouched."""
+        if not prompt.scheduled:
+            return
+        request = prompt.request
+        prompt.scheduled = False
+        del self._partial[request.request_id]
+        del self.requests[request.request_id]
+        self._inflight_prefills.discard(request)
+        if request.status == RequestStatus.RUNNING:
+            self.running = [r for r in self.running if r is not request]
+        else:
+            self.waiting.remove_requests([request])
+            self.kv_holding_waiting.remove_requests([request])
+            self.deferred_waiting.discard(request)
+        if self.aux_output_connector is not None:
+            self.aux_output_connector.request_finished(request)
+        request.status = RequestStatus.WAITING
+        self.finished_req_ids.add(request.request_id)
