@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -140,7 +141,7 @@ class VllmEngine:
                 output_kind=RequestOutputKind.DELTA,
                 extra_args={ADOPT: prompt_id},
             )
-        except (ValueError, TypeError) as e:
+        except (VLLMValidationError, ValueError, TypeError) as e:
             raise BadOperation(str(e)) from e
 
     async def answer(
@@ -163,7 +164,7 @@ class VllmEngine:
                     yield _done(output, completion.finish_reason, completion_tokens)
         except (EngineDeadError, EngineGenerateError) as e:
             yield _broken("engine_unavailable", f"the engine died: {e}")
-        except ValueError as e:
+        except (VLLMValidationError, ValueError) as e:
             yield _broken("bad_operation", str(e))
 
     async def abort(self, request_id: str) -> None:

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import orjson
 import vllm
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -121,8 +122,6 @@ def _json(message: Message, status: int = 200) -> Response:
 
 
 def _error(error: EngineError) -> Response:
-    import orjson
-
     body = orjson.dumps({"error": error.to_json()})
     return Response(body, error.status, media_type="application/json")
 

@@ -1,0 +1,191 @@
+"""The scheduler under histories of operations, against a worker that checks every KV slot."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("vllm")
+
+from tests.engine_adapter.harness import MAX_MODEL_LEN, Engine, expected_answer
+
+SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // 4 + 8
+"""Room for one longest prompt and a little more, plus vLLM's null block."""
+
+
+class History:
+    """One random run: what clients do, and what each of them must get."""
+
+    def __init__(self, model: Path, seed: int, blocks: int) -> None:
+        self.random = random.Random(seed)
+        self.engine = Engine(model, blocks, step_tokens=self.random.choice([5, 16, 40]))
+        self.open: dict[str, list[int]] = {}
+        self.expected: dict[str, list[int]] = {}
+        self.documents = [self.text(self.random.randint(1, 30)) for _ in range(4)]
+        self.number = 0
+
+    def text(self, length: int) -> list[int]:
+        return [self.random.randrange(50) for _ in range(length)]
+
+    def new_id(self) -> str:
+        self.number += 1
+        return f"r{self.number}"
+
+    def some_tokens(self, room: int) -> list[int]:
+        """Often the start of a document that others use too, so that prefixes are shared."""
+        source = self.random.choice([*self.documents, self.text(20)])
+        return source[: self.random.randint(0, max(room, 0))]
+
+    def act(self) -> None:
+        actions = [self.do_step] * 4 + [self.do_open, self.do_plain]
+        if self.open:
+            actions += [self.do_extend] * 4 + [self.do_update] * 2 + [self.do_finish] * 2
+            actions += [self.do_close]
+        if self.expected:
+            actions += [self.do_abort]
+        self.random.choice(actions)()
+
+    def do_step(self) -> None:
+        self.engine.step()
+
+    def do_open(self) -> None:
+        prompt_id = self.new_id()
+        tokens = self.some_tokens(20) or [1]
+        self.engine.scheduler.open_prompt(prompt_id, list(tokens), None, self.engine.hasher)
+        self.open[prompt_id] = tokens
+
+    def do_extend(self) -> None:
+        self.change(keep_all=True)
+
+    def do_update(self) -> None:
+        self.change(keep_all=False)
+
+    def change(self, keep_all: bool) -> None:
+        prompt_id = self.random.choice(list(self.open))
+        tokens = self.open[prompt_id]
+        keep = len(tokens) if keep_all else self.random.randint(0, len(tokens))
+        new = self.some_tokens(min(30, MAX_MODEL_LEN - 12 - keep)) or ([2] if not keep else [])
+        answer = self.engine.scheduler.extend_prompt(prompt_id, keep, new)
+        self.open[prompt_id] = tokens[:keep] + new
+        assert answer["length"] == len(self.open[prompt_id])
+        assert answer["computed"] <= keep
+
+    def do_finish(self) -> None:
+        prompt_id = self.random.choice(list(self.open))
+        tokens = self.open.pop(prompt_id)
+        if self.random.random() < 0.3:
+            tokens = tokens[: self.random.randint(1, len(tokens))]
+        tokens = tokens + self.text(self.random.randint(0, 5))
+        self.ask(f"{prompt_id}-answer", tokens, prompt_id)
+
+    def do_plain(self) -> None:
+        self.ask(self.new_id(), self.some_tokens(40) or [3], None)
+
+    def ask(self, request_id: str, tokens: list[int], prompt_id: str | None) -> None:
+        max_tokens = self.random.randint(1, 6)
+        self.expected[request_id] = expected_answer(tokens, max_tokens)
+        self.engine.request(request_id, tokens, max_tokens, prompt_id)
+
+    def do_close(self) -> None:
+        prompt_id = self.random.choice(list(self.open))
+        del self.open[prompt_id]
+        self.engine.scheduler.close_prompt(prompt_id)
+
+    def do_abort(self) -> None:
+        request_id = self.random.choice(list(self.expected))
+        if request_id not in self.engine.finished:
+            del self.expected[request_id]
+            self.engine.abort(request_id)
+
+    def end(self) -> None:
+        self.engine.drain()
+        while self.open:
+            self.do_finish()
+        self.engine.drain()
+
+
+@pytest.mark.parametrize("blocks", [SMALL_POOL_BLOCKS, 400], ids=["small pool", "large pool"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), actions=st.integers(5, 80))
+def test_every_history_is_answered_exactly_and_leaves_no_block(
+    model_dir: Path, blocks: int, seed: int, actions: int
+) -> None:
+    history = History(model_dir, seed, blocks)
+    for _ in range(actions):
+        history.act()
+    history.end()
+    answers = {request_id: history.engine.answers[request_id] for request_id in history.expected}
+    assert answers == history.expected
+    assert history.engine.free_blocks == history.engine.idle_blocks
+    history.engine.scheduler.check_blocks()
+
+
+def test_idle_prompts_give_way_to_an_ordinary_request(model_dir: Path) -> None:
+    engine = Engine(model_dir, SMALL_POOL_BLOCKS)
+    for i in range(3):
+        tokens = [i + 1] * 40
+        engine.scheduler.open_prompt(f"p{i}", tokens, None, engine.hasher)
+    engine.drain()
+    held = engine.idle_blocks - engine.free_blocks
+    assert held > 20
+    prompt = [7] * 80
+    engine.request("plain", prompt, 4)
+    engine.drain()
+    assert engine.answers["plain"] == expected_answer(prompt, 4)
+
+
+def test_an_idle_prompt_loses_only_the_blocks_that_are_needed(model_dir: Path) -> None:
+    engine = Engine(model_dir, 1 + 24)
+    engine.scheduler.open_prompt("p", [5] * 81, None, engine.hasher)  # 20 blocks of 24
+    engine.drain()
+    assert engine.scheduler.status("p")["computed"] == 80
+    engine.request("plain", [7] * 30, 1)  # 8 blocks
+    while not engine.answers["plain"]:
+        engine.step()
+        computed = engine.scheduler.status("p")["computed"]
+    assert computed == 64
+
+
+def test_an_idle_prompt_is_computed_again_when_memory_comes_back(model_dir: Path) -> None:
+    engine = Engine(model_dir, SMALL_POOL_BLOCKS)
+    engine.scheduler.open_prompt("p", [5] * 81, None, engine.hasher)
+    engine.drain()
+    engine.request("plain", [7] * 90, 2)
+    engine.drain()
+    assert engine.scheduler.status("p") == {"state": "idle", "length": 81, "computed": 80}
+
+
+def test_a_partial_prompt_never_takes_what_another_has_computed(model_dir: Path) -> None:
+    engine = Engine(model_dir, SMALL_POOL_BLOCKS)
+    engine.scheduler.open_prompt("first", [5] * 81, None, engine.hasher)
+    engine.drain()
+    engine.scheduler.open_prompt("second", [6] * 81, None, engine.hasher)
+    engine.drain()
+    assert engine.scheduler.status("first")["computed"] == 80
+    assert engine.scheduler.status("second")["computed"] == 0
+    assert not engine.scheduler.has_requests(), "a starved prompt keeps the loop spinning"
+
+
+def test_an_update_keeps_whole_blocks_below_the_change(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100)
+    tokens = list(range(41))
+    engine.scheduler.open_prompt("p", tokens, None, engine.hasher)
+    engine.drain()
+    answer = engine.scheduler.extend_prompt("p", 22, [49] * 10)
+    assert answer == {"state": "waiting", "length": 32, "computed": 20, "invalidated": 20}
+
+
+def test_documents_that_come_back_are_found_in_the_prefix_cache(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100)
+    first, second = list(range(41)), [48] * 41
+    engine.scheduler.open_prompt("p", first, None, engine.hasher)
+    engine.drain()
+    engine.scheduler.extend_prompt("p", 0, second)
+    engine.drain()
+    engine.scheduler.extend_prompt("p", 0, first)
+    engine.step()
+    assert engine.scheduler.status("p")["computed"] == 40
