@@ -327,10 +327,30 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._preemptions += 1
 
     def _activate(self, prompt: OpenPrompt) -> None:
-        if not prompt.scheduled:
+        if self._covered_by_cache(prompt.request):
+            self._withdraw(prompt)
+        elif not prompt.scheduled:
             prompt.scheduled = True
             self._partial[prompt.request.request_id] = prompt
             super().add_request(prompt.request)
+
+    def _covered_by_cache(self, request: Request) -> bool:
+        """Take the prefix-cache hits of a fresh request if they leave nothing to compute.
+
+        vLLM looks them up itself when it schedules a request, but can't schedule one that
+        has no token to compute.
+        """
+        if request.num_computed_tokens or request.num_tokens == 1:
+            return False
+        blocks, hit_tokens, *_ = self.kv_cache_manager.get_computed_blocks(request)
+        if hit_tokens < request.num_tokens - 1:
+            return False
+        taken = self.kv_cache_manager.allocate_slots(
+            request, 0, num_new_computed_tokens=hit_tokens, new_computed_blocks=blocks
+        )
+        if taken is not None:
+            request.num_computed_tokens = hit_tokens
+        return taken is not None
 
     # Versions.
 
