@@ -28,9 +28,7 @@ class BlockTables:
 
     def __init__(self, manager: KVCacheManager) -> None:
         self._pool = manager.block_pool
-        self._groups: Sequence[SingleTypeKVCacheManager] = (
-            manager.coordinator.single_type_managers
-        )
+        self._groups: Sequence[SingleTypeKVCacheManager] = manager.coordinator.single_type_managers
         self.can_inherit = all(type(g) is FullAttentionManager for g in self._groups)
         """Sliding-window, state-space and other layouts keep more than a list of blocks per
         request; there a successor finds its prefix through the prefix cache instead."""
@@ -74,9 +72,7 @@ class BlockTables:
                 continue
             tail = blocks[keep_blocks:]
             del blocks[keep_blocks:]
-            g.num_cached_block[request_id] = min(
-                g.num_cached_block.get(request_id, 0), keep_blocks
-            )
+            g.num_cached_block[request_id] = min(g.num_cached_block.get(request_id, 0), keep_blocks)
             if not blocks:
                 g.req_to_blocks.pop(request_id)
                 g.num_cached_block.pop(request_id)

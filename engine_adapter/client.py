@@ -1,0 +1,153 @@
+"""The engine operations over HTTP, with aiohttp."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
+from engine_adapter.messages import (
+    PREFIX,
+    EngineInfo,
+    Event,
+    Extend,
+    Finish,
+    Message,
+    Open,
+    Progress,
+    decode,
+    encode,
+)
+
+M = TypeVar("M", bound=Message)
+
+MAX_EVENT_BYTES = 1 << 20
+
+
+class EngineClient:
+    """One engine. Shares a session that the caller owns and closes.
+
+    Every method raises an `EngineError`; `EngineUnavailable` if the engine can't be reached,
+    breaks off, or lets a deadline pass.
+    """
+
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, *, timeout_s: float = 150.0
+    ) -> None:
+        """
+        Args:
+            url: where the engine's HTTP server is, e.g. `http://127.0.0.1:8100`.
+            timeout_s: longest wait for the answer to one operation. An operation waits for
+                the engine's step under way, so this is far above the usual.
+        """
+        self.url = url.rstrip("/")
+        self._session = session
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=5.0)
+
+    async def info(self, *, timeout_s: float = 5.0) -> EngineInfo:
+        """What the engine is and how busy it is."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(timeout_s, 2.0))
+        return await self._ask(EngineInfo, "GET", "/info", timeout=timeout)
+
+    async def open(self, prompt_id: str, op: Open) -> Progress:
+        """Begin an incremental prefill."""
+        return await self._ask(Progress, "POST", f"/prompts/{prompt_id}", op)
+
+    async def extend(self, prompt_id: str, op: Extend) -> Progress:
+        """Apply the next version."""
+        return await self._ask(Progress, "POST", f"/prompts/{prompt_id}/extend", op)
+
+    async def status(self, prompt_id: str) -> Progress:
+        """Where a prompt stands; renews its lease."""
+        return await self._ask(Progress, "GET", f"/prompts/{prompt_id}")
+
+    async def abort(self, prompt_id: str) -> Progress:
+        """Forget a prompt and free its memory."""
+        return await self._ask(Progress, "DELETE", f"/prompts/{prompt_id}")
+
+    @asynccontextmanager
+    async def finish(self, prompt_id: str, op: Finish) -> AsyncIterator[AsyncIterator[Event]]:
+        """Close the input; gives the events of the answer. Leaving the block aborts it."""
+        path = f"{PREFIX}/prompts/{prompt_id}/finish"
+        timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
+        async with (
+            _translated(),
+            self._session.post(
+                self.url + path,
+                data=encode(op),
+                headers={"Content-Type": "application/json"},
+                timeout=timeout,
+                read_bufsize=MAX_EVENT_BYTES,
+            ) as response,
+        ):
+            if response.status != 200:
+                raise _error(await response.read())
+            yield self._events(response)
+
+    @staticmethod
+    async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
+        async with _translated():
+            async for line in response.content:
+                yield decode_event(line)
+
+    async def _ask(
+        self,
+        kind: type[M],
+        method: str,
+        path: str,
+        op: Message | None = None,
+        timeout: aiohttp.ClientTimeout | None = None,
+    ) -> M:
+        async with (
+            _translated(),
+            self._session.request(
+                method,
+                self.url + PREFIX + path,
+                data=None if op is None else encode(op),
+                headers={"Content-Type": "application/json"},
+                timeout=timeout or self._timeout,
+            ) as response,
+        ):
+            body = await response.read()
+            if response.status != 200:
+                raise _error(body)
+        try:
+            return decode(kind, body)
+        except BadOperation as e:
+            raise EngineUnavailable(f"{self.url} does not speak this protocol: {e}") from e
+
+
+def decode_event(line: bytes) -> Event:
+    """One line of an answer.
+
+    Raises:
+        EngineUnavailable: it is not an event.
+    """
+    try:
+        event: Event = msgspec.json.decode(line, type=Event)  # type: ignore[arg-type]
+        return event
+    except msgspec.DecodeError as e:
+        raise EngineUnavailable(f"the engine sent a line that is no event: {e}") from e
+
+
+def _error(body: bytes) -> EngineError:
+    try:
+        error: dict[str, Any] = msgspec.json.decode(body)["error"]
+        return EngineError.from_json(error)
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return EngineUnavailable(f"the engine answers {body[:200]!r}")
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    """Errors of aiohttp become errors of the engine, here and nowhere else."""
+    try:
+        yield
+    except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, ValueError) as e:
+        reason = str(e) or type(e).__name__
+        raise EngineUnavailable(f"the engine can't be reached or broke off: {reason}") from e

@@ -1,0 +1,122 @@
+"""The application: builds everything, owns everything that runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import aiohttp
+import orjson
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from gateway import routes_openai, routes_streams
+from gateway.errors import BadRequest, BodyTooLarge, GatewayError
+from gateway.keys import BUILDERS, ENGINES, EXECUTOR, METRICS, SESSION, SETTINGS, STREAMS
+from gateway.placement import Engines
+from gateway.settings import Settings
+from gateway.streams import Streams
+from gateway.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_THREADS = 2
+
+
+def build(settings: Settings) -> web.Application:
+    """A gateway with these settings, not started yet."""
+    app = web.Application(
+        middlewares=[_errors], client_max_size=settings.max_body_bytes + 1, logger=logger
+    )
+    app[SETTINGS] = settings
+    app[METRICS] = Metrics()
+    app[BUILDERS] = {}
+    app.add_routes([*routes_streams.routes, *routes_openai.routes])
+    app.add_routes(
+        [web.get("/health", _health), web.get("/ready", _ready), web.get("/metrics", _metrics)]
+    )
+    app.cleanup_ctx.append(_running)
+    return app
+
+
+async def _running(app: web.Application) -> AsyncIterator[None]:
+    """Everything that lives as long as the gateway, begun and ended in order."""
+    settings = app[SETTINGS]
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+    streams = Streams(settings, app[METRICS])
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+        engines = Engines(
+            session,
+            settings.engine,
+            poll_s=settings.poll_s,
+            metrics=app[METRICS],
+            lost=streams.engine_lost,
+        )
+        with ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer") as executor:
+            app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
+            app[EXECUTOR] = executor
+            await engines.start()
+            await streams.start()
+            yield
+            await streams.stop()
+            await engines.stop()
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error in the OpenAI shape, once."""
+    try:
+        return await handler(request)
+    except GatewayError as e:
+        return _render(request, e)
+    except web.HTTPRequestEntityTooLarge as e:
+        return _render(request, BodyTooLarge(e.text or "the body is too large"))
+    except web.HTTPException as e:
+        if e.status < 400:
+            raise
+        error = BadRequest(f"{request.method} {request.path}: {e.reason}")
+        return _render(request, error, status=e.status, headers=dict(e.headers))
+    except ConnectionError:
+        raise  # the client is gone: nobody to tell
+    except Exception:
+        logger.exception("%s %s failed", request.method, request.path)
+        return _render(request, GatewayError("the gateway failed"))
+
+
+def _render(
+    request: web.Request,
+    error: GatewayError,
+    *,
+    status: int | None = None,
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    request.app[METRICS].errors.labels(error.code or "").inc()
+    kept = {k: v for k, v in (headers or {}).items() if k.lower() == "allow"}
+    response = web.Response(
+        body=orjson.dumps(error.to_json()),
+        status=status or error.status,
+        headers=error.headers | kept,
+        content_type="application/json",
+    )
+    if isinstance(error, BodyTooLarge):
+        response.force_close()  # the rest of the body is not read
+    return response
+
+
+async def _health(request: web.Request) -> web.Response:
+    return web.json_response({"status": "alive"})
+
+
+async def _ready(request: web.Request) -> web.Response:
+    engines = request.app[ENGINES]
+    reached = {engine.url: engine.info is not None for engine in engines.all}
+    status = 200 if engines.ready else 503
+    return web.json_response({"ready": bool(engines.ready), "engines": reached}, status=status)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    return web.Response(
+        body=request.app[METRICS].render(),
+        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+    )

@@ -1,0 +1,136 @@
+"""Everything a client can be told went wrong.
+
+    GatewayError
+     +- BadRequest               400  invalid_request_error
+     |   +- ContextTooLong       400  the chunk that crosses the model's length
+     |   +- Unsupported          400  a parameter that can't be honoured
+     +- StreamNotFound           404  unknown, forgotten or never opened
+     +- ModelNotFound            404  no engine serves that model
+     +- Conflict                 409
+     |   +- InputClosed          409  chunk or finish after finish
+     |   +- SequenceGap          409  a chunk's `seq` skips one
+     +- BodyTooLarge             413
+     +- Overloaded               503  with Retry-After
+     +- EngineFailed             503  no engine, or it died under the stream
+
+One middleware renders them in the OpenAI error shape; after the first byte of an SSE answer
+they are sent as an `error` event instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from engine_adapter import errors as engine
+
+
+class GatewayError(Exception):
+    """Base: a request failed, and the client is told why."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = details
+        """Further fields of the error object, e.g. `expected_seq`."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
+
+    def to_json(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error | self.details}
+
+
+class BadRequest(GatewayError):
+    """The request can't be read or contradicts itself."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class ContextTooLong(BadRequest):
+    """This input would not leave room for the answer; the stream stays as it was."""
+
+    code = "context_length_exceeded"
+
+
+class Unsupported(BadRequest):
+    """A parameter that this gateway can't honour."""
+
+    code = "unsupported_parameter"
+
+
+class StreamNotFound(GatewayError):
+    """No such stream: never opened, cancelled long ago, or expired."""
+
+    status, type, code = 404, "invalid_request_error", "stream_not_found"
+
+
+class ModelNotFound(GatewayError):
+    """No engine serves that model."""
+
+    status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class Conflict(GatewayError):
+    """The stream is not in a state that allows this."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class InputClosed(Conflict):
+    """The stream takes no more input: it was finished or cancelled."""
+
+    code = "input_closed"
+
+
+class SequenceGap(Conflict):
+    """A chunk's `seq` skips one; `expected_seq` is the next."""
+
+    code = "sequence_gap"
+
+
+class BodyTooLarge(GatewayError):
+    """The body is larger than the gateway takes."""
+
+    status, type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class Overloaded(GatewayError):
+    """The gateway has as many streams as it may; try again later."""
+
+    status, type, code = 503, "overloaded_error", "overloaded"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
+
+
+class EngineFailed(GatewayError):
+    """No engine can be reached, or the one of this stream died."""
+
+    status, type, code = 503, "server_error", "engine_unavailable"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
+
+
+def from_engine(error: engine.EngineError) -> GatewayError:
+    """What a client is told of an engine's error."""
+    match error:
+        case engine.PromptTooLong():
+            return ContextTooLong(error.message)
+        case engine.BadOperation():
+            return BadRequest(error.message)
+        case engine.EngineOverloaded():
+            return Overloaded(error.message)
+        case engine.EngineUnavailable() | engine.UnknownPrompt():
+            return EngineFailed(error.message)
+        case _:
+            return GatewayError(error.message)

@@ -1,0 +1,23 @@
+"""What the application carries for its handlers."""
+
+import asyncio
+from concurrent.futures import Executor
+
+import aiohttp
+from aiohttp import web
+
+from gateway.placement import Engines
+from gateway.prompt import PromptBuilder
+from gateway.settings import Settings
+from gateway.streams import Streams
+from gateway.telemetry import Metrics
+
+SETTINGS = web.AppKey("settings", Settings)
+METRICS = web.AppKey("metrics", Metrics)
+SESSION = web.AppKey("session", aiohttp.ClientSession)
+STREAMS = web.AppKey("streams", Streams)
+ENGINES = web.AppKey("engines", Engines)
+EXECUTOR = web.AppKey("executor", Executor)
+"""Where tokenizing runs."""
+BUILDERS = web.AppKey("builders", dict[str, asyncio.Future[PromptBuilder]])
+"""Prompt builders by model name, made when a model is first asked for."""

@@ -1,0 +1,166 @@
+"""Prompts: the chat template split around the documents, tokens, differences.
+
+Tokens, not text, go to the engines: a stream's prompt is exactly the concatenation of its
+head's, its documents' and its tail's tokens, each tokenized on its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from gateway.errors import BadRequest
+
+DOCUMENTS = "{{documents}}"
+"""Where a message's content has this, the documents go."""
+
+_PLACE = "\ue000stream2llm documents\ue001"
+"""Stands for the documents while the template is rendered; private-use characters."""
+
+Message = dict[str, Any]
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One piece of context. `name` is what the client calls it, if anything."""
+
+    tokens: Tokens
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a stream wants its engine to read. A value: every change makes a new one."""
+
+    head: Tokens
+    tail: Tokens
+    documents: tuple[Document, ...] = ()
+    context_tokens: int = 0
+    """Tokens of the documents."""
+
+    def with_documents(self, documents: Sequence[Document]) -> Prompt:
+        """The same prompt with more documents behind those it has."""
+        added = sum(len(d.tokens) for d in documents)
+        context_tokens = self.context_tokens + added
+        return Prompt(self.head, self.tail, (*self.documents, *documents), context_tokens)
+
+    @property
+    def open_tokens(self) -> list[int]:
+        """What can be read before the input is closed: everything but the tail."""
+        tokens = list(self.head)
+        for document in self.documents:
+            tokens += document.tokens
+        return tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole prompt, tail included."""
+        return len(self.head) + self.context_tokens + len(self.tail)
+
+
+def difference(held: Sequence[int], wanted: Sequence[int]) -> tuple[int, list[int]]:
+    """How to get from the tokens an engine has to those it should have.
+
+    Returns:
+        How many first tokens to keep (their longest common prefix), and what to put behind.
+        An append is the case in which all are kept.
+    """
+    n = min(len(held), len(wanted))
+    if list(held[:n]) == list(wanted[:n]):
+        return n, list(wanted[n:])
+    keep = next(i for i in range(n) if held[i] != wanted[i])
+    return keep, list(wanted[keep:])
+
+
+def place_documents(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the documents' place marked: where `{{documents}}` stands in one of
+    them, otherwise before the content of the last user message.
+
+    Raises:
+        BadRequest: no message can take the documents, or several claim them.
+    """
+    marked = [copy.copy(message) for message in messages]
+    texts = [m.get("content") for m in marked]
+    claims = sum(t.count(DOCUMENTS) for t in texts if isinstance(t, str))
+    if claims > 1:
+        raise BadRequest(f"{DOCUMENTS} may stand in one place only", param="messages")
+    if claims == 1:
+        for message, text in zip(marked, texts, strict=True):
+            if isinstance(text, str):
+                message["content"] = text.replace(DOCUMENTS, _PLACE)
+        return marked
+    for message in reversed(marked):
+        if message.get("role") == "user" and isinstance(message.get("content"), str):
+            message["content"] = _PLACE + message["content"]
+            return marked
+    raise BadRequest("no user message with text content to put the documents in", param="messages")
+
+
+class PromptBuilder:
+    """Makes prompts for one model. Tokenizing runs in an executor, once per content."""
+
+    def __init__(self, tokenizer: str, executor: Executor, cache_size: int) -> None:
+        """
+        Args:
+            tokenizer: folder or name that transformers can load; must have a chat template.
+            cache_size: how many chunks' tokens are remembered.
+        """
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        # Retrieved text is data: what looks like a control token in it is plain text.
+        self._literal = copy.deepcopy(self._tokenizer.backend_tokenizer)
+        self._literal.encode_special_tokens = True
+        self._executor = executor
+        self._cache: OrderedDict[bytes, asyncio.Future[Tokens]] = OrderedDict()
+        self._cache_size = cache_size
+
+    async def frame(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt of a conversation, without documents yet.
+
+        Raises:
+            BadRequest: the chat template refuses the messages.
+        """
+        marked = place_documents(messages)
+        return await self._run(self._render, marked)
+
+    async def document(self, text: str, name: str | None = None) -> Document:
+        """A document; a newline is put behind its text. Tokens are cached by content."""
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        cached = self._cache.get(key)
+        if cached is None or cached.cancelled():
+            cached = asyncio.ensure_future(self._run(self._encode_literally, text))
+            self._cache[key] = cached
+            if len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(key)
+        return Document(await asyncio.shield(cached), name)
+
+    async def _run(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    def _encode_literally(self, text: str) -> Tokens:
+        return tuple(self._literal.encode(text + "\n", add_special_tokens=False).ids)
+
+    def _render(self, marked: list[Message]) -> Prompt:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                marked, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as e:  # templates raise what they like
+            raise BadRequest(f"the chat template refuses: {e}", param="messages") from e
+        head, place, tail = text.partition(_PLACE)
+        if not place:
+            raise BadRequest("the chat template drops the documents", param="messages")
+        return Prompt(self._encode(head), self._encode(tail))
+
+    def _encode(self, text: str) -> Tokens:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,181 @@
+"""The bodies that clients send, read strictly: what is misspelt is named, not ignored."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from engine_adapter.messages import Sampling
+from gateway.errors import BadRequest, Unsupported
+
+UNSUPPORTED = frozenset(
+    [
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "functions",
+        "function_call",
+        "response_format",
+        "modalities",
+        "audio",
+        "prediction",
+        "web_search_options",
+        "kv_transfer_params",
+        "cache_salt",
+        "best_of",
+        "suffix",
+        "echo",
+        "guided_json",
+        "structured_outputs",
+        "prompt_logprobs",
+    ]
+)
+"""Parameters of chat completions that a stream does not take. The plain pass-through does."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As in the OpenAI API."""
+
+    include_usage: bool = False
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to answer, with the names of chat completions."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.n not in (None, 1):
+            raise Unsupported("a stream has one answer: n must be 1", param="n")
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The most tokens the answer may have, if the client says."""
+        given = self.max_completion_tokens
+        return self.max_tokens if given is None else given
+
+    def sampling(self) -> Sampling:
+        """The engine's part of it."""
+        return Sampling(
+            max_tokens=self.answer_tokens,
+            stop=[self.stop] if isinstance(self.stop, str) else self.stop,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            **{name: getattr(self, name) for name in _SAME_NAMES},
+        )
+
+
+_SAME_NAMES = tuple(
+    name
+    for name in Sampling.__struct_fields__
+    if name in Options.__struct_fields__ and name not in ("max_tokens", "stop", "logprobs")
+)
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A piece of context."""
+
+    text: str
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise BadRequest("a chunk has text", param="text")
+
+
+class Create(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/streams`."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    documents: list[Chunk] = []
+
+
+class ChunkPost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/streams/{id}/chunks`: one chunk, or several at once."""
+
+    text: str | None = None
+    id: str | None = None
+    chunks: list[Chunk] | None = None
+    seq: int | None = None
+
+    def all(self) -> list[Chunk]:
+        """The chunks, one or more.
+
+        Raises:
+            BadRequest: there is none, or both forms are used.
+        """
+        if self.chunks is not None and self.text is not None:
+            raise BadRequest("give either text or chunks", param="chunks")
+        if self.chunks is not None:
+            if not self.chunks:
+                raise BadRequest("chunks is empty", param="chunks")
+            return self.chunks
+        if self.text is None:
+            raise BadRequest("text is missing", param="text")
+        return [Chunk(text=self.text, id=self.id)]
+
+
+class FinishLine(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Last line of the one-request form, and its overrides."""
+
+    finish: bool = True
+
+
+T = TypeVar("T")
+
+
+def read(kind: type[T], body: bytes) -> T:
+    """A body of one kind. An empty one is an empty object.
+
+    Raises:
+        BadRequest: it is not UTF-8, not JSON, or not of that kind.
+        Unsupported: it uses a parameter that can't be honoured.
+    """
+    try:
+        raw = msgspec.json.decode(body or b"{}")
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise BadRequest(f"the body is no valid JSON: {e}") from e
+    if not isinstance(raw, dict):
+        raise BadRequest("the body must be a JSON object")
+    for name in sorted(UNSUPPORTED & raw.keys()):
+        raise Unsupported(f"{name} is not supported on streams", param=name)
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as e:
+        if isinstance(e.__cause__, BadRequest):
+            raise e.__cause__ from None
+        message = str(e)
+        param = message.rsplit("$.", 1)[1].rstrip("`") if "$." in message else None
+        raise BadRequest(message, param=param) from e
+
+
+def merged(first: Options, later: Options) -> Options:
+    """The options of a stream with those that its finish overrides."""
+    given = {
+        name: value
+        for name in Options.__struct_fields__
+        if (value := getattr(later, name)) is not None
+    }
+    base = {name: getattr(first, name) for name in Options.__struct_fields__}
+    return Options(**(base | given))

@@ -1,0 +1,208 @@
+"""The streaming API: `/v1/streams`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
+from gateway.answers import HEARTBEAT, Chunks, Whole, error_body
+from gateway.bodies import must_have, read_body, read_lines
+from gateway.builders import builder_for
+from gateway.errors import BadRequest
+from gateway.keys import ENGINES, METRICS, SETTINGS, STREAMS
+from gateway.prompt import Document
+from gateway.requests import Chunk, ChunkPost, Create, FinishLine, Options, merged, read
+from gateway.stream import Stream
+
+NDJSON = "application/x-ndjson"
+
+
+async def create(request: web.Request) -> web.StreamResponse:
+    """Open a stream; with a body of NDJSON, open, feed and finish it in one request."""
+    if request.content_type == NDJSON:
+        return await _one_request(request)
+    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    return _json(await _describe(await _open(request.app, read(Create, body))), 201)
+
+
+async def chunks(request: web.Request) -> web.Response:
+    """Take in chunks of context."""
+    stream = _stream(request)
+    body = await read_body(request, request.app[SETTINGS].max_chunk_bytes)
+    started_s = time.monotonic()
+    post = read(ChunkPost, body)
+    seq, tokens = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
+    request.app[METRICS].chunk_seconds.observe(time.monotonic() - started_s)
+    received = stream.prompt.context_tokens
+    return _json({"id": stream.id, "seq": seq, "tokens": tokens, "tokens_received": received}, 202)
+
+
+async def finish(request: web.Request) -> web.StreamResponse:
+    """Close the input and answer."""
+    stream = _stream(request)
+    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    options = merged(stream.options, read(Options, body))
+    await stream.finish(options)
+    return await _answer(request, stream, options)
+
+
+async def status(request: web.Request) -> web.Response:
+    """Where a stream stands."""
+    return _json(await _describe(_stream(request)))
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """Stop a stream and free its memory."""
+    stream = _stream(request)
+    await stream.cancel()
+    return _json(await _describe(stream))
+
+
+routes = [
+    web.post("/v1/streams", create),
+    web.post("/v1/streams/{id}/chunks", chunks),
+    web.post("/v1/streams/{id}/finish", finish),
+    web.get("/v1/streams/{id}", status),
+    web.delete("/v1/streams/{id}", cancel),
+]
+
+
+def _stream(request: web.Request) -> Stream:
+    return request.app[STREAMS].get(request.match_info["id"])
+
+
+async def _open(app: web.Application, body: Create) -> Stream:
+    """A stream with the documents it begins with.
+
+    Raises:
+        BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded
+    """
+    engine = app[ENGINES].place(body.model)
+    builder = await builder_for(app, body.model)
+    prompt = await builder.frame(body.messages)
+    stream = app[STREAMS].create(body.model, prompt, engine, body)
+    try:
+        stream.check_length(prompt)
+        if body.documents:
+            stream.extend_first(await _tokenized(app, stream, body.documents)())
+    except BaseException:
+        await stream.cancel()
+        raise
+    return stream
+
+
+def _tokenized(
+    app: web.Application, stream: Stream, chunks: Sequence[Chunk]
+) -> Callable[[], Awaitable[list[Document]]]:
+    async def documents() -> list[Document]:
+        builder = await builder_for(app, stream.model)
+        return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
+
+    return documents
+
+
+async def _one_request(request: web.Request) -> web.StreamResponse:
+    """First line the request, then chunks, then `{"finish": true}`."""
+    limit = request.app[SETTINGS].max_chunk_bytes
+    stream: Stream | None = None
+    try:
+        async with aclosing(read_lines(request, limit)) as lines:
+            first = must_have(await anext(lines, None), "the body is empty")
+            stream = await _open(request.app, read(Create, first))
+            async for line in lines:
+                if b'"finish"' in line and (end := _finish_line(line)) is not None:
+                    options = merged(stream.options, end)
+                    await stream.finish(options)
+                    return await _answer(request, stream, options)
+                await stream.add(_tokenized(request.app, stream, [read(Chunk, line)]), None)
+        raise BadRequest('the body ended without {"finish": true}')
+    finally:
+        if stream is not None:
+            await stream.cancel()
+
+
+def _finish_line(line: bytes) -> FinishLine | None:
+    """The finishing line, or None if the line is a chunk whose text has that word."""
+    try:
+        raw = orjson.loads(line)
+    except orjson.JSONDecodeError as e:
+        raise BadRequest(f"a line is no valid JSON: {e}") from e
+    if not (isinstance(raw, dict) and raw.get("finish") is True):
+        return None
+    return read(FinishLine, line)
+
+
+async def _answer(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
+    """Send the answer. A client that goes away cancels the stream."""
+    try:
+        if options.stream is False:
+            return await _whole(request, stream)
+        return await _sse(request, stream, options)
+    finally:
+        await stream.cancel()
+
+
+async def _whole(request: web.Request, stream: Stream) -> web.Response:
+    whole = Whole(stream)
+    while True:
+        match await stream.next_event(request.app[SETTINGS].heartbeat_s):
+            case TokenEvent() as event:
+                whole.add(event)
+            case DoneEvent() as done:
+                return _json(whole.body(done))
+            case ErrorEvent() as broken:
+                return _json(error_body(broken), 503)
+
+
+async def _sse(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
+    usage = options.stream_options is not None and options.stream_options.include_usage
+    chunks = Chunks(stream, usage)
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+        }
+    )
+    await response.prepare(request)
+    await response.write(chunks.first())
+    while True:
+        event = await stream.next_event(request.app[SETTINGS].heartbeat_s)
+        if event is None:
+            await response.write(HEARTBEAT)
+            continue
+        for line in chunks.of(event):
+            await response.write(line)
+        if isinstance(event, DoneEvent | ErrorEvent):
+            await response.write_eof()
+            return response
+
+
+async def _describe(stream: Stream) -> dict[str, Any]:
+    progress = await stream.status()
+    return {
+        "id": stream.id,
+        "object": "stream",
+        "created": int(stream.created_s),
+        "model": stream.model,
+        "state": stream.state,
+        "error": None if stream.error is None else stream.error.to_json()["error"],
+        "engine": stream.engine.url,
+        "chunks": stream.chunks,
+        "tokens": {
+            "prompt": stream.prompt.length,
+            "received": stream.prompt.context_tokens,
+            "waiting": stream.waiting_tokens,
+            "prefilled": 0 if progress is None else progress.computed,
+        },
+    }
+
+
+def _json(body: dict[str, Any], status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")

@@ -1,0 +1,130 @@
+"""Settings of a gateway: one typed value, read once from a file, the environment and flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+ENV_PREFIX = "STREAM2LLM_"
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What can be set. Flags win over the environment, the environment over the file."""
+
+    engine: tuple[str, ...] = _setting(
+        (), "URL of an engine that runs the plug-in; may be given several times"
+    )
+    tokenizer: str | None = _setting(
+        None, "folder or name of the model's tokenizer (default: the model name the engine says)"
+    )
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8000, "port to listen on")
+    max_streams: int = _setting(10_000, "streams at once; more are answered 503")
+    max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")
+    max_body_bytes: int = _setting(16 << 20, "largest body of any other request")
+    idle_timeout_s: float = _setting(300.0, "an open stream without input this long is cancelled")
+    keep_finished_s: float = _setting(60.0, "how long an ended stream can still be looked up")
+    lease_s: float = _setting(
+        60.0, "engines free a stream's memory if the gateway is silent so long"
+    )
+    poll_s: float = _setting(0.5, "how often engines are asked for their health and load")
+    heartbeat_s: float = _setting(5.0, "comment lines on a waiting SSE answer come this often")
+    token_cache: int = _setting(4096, "chunks whose tokens are remembered")
+    log_level: str = _setting("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        for name in ("max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache"):
+            if getattr(self, name) < 1:
+                raise SettingsError(name, "must be at least 1")
+        for name in ("idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(name, "must be above 0")
+        if not 0 <= self.port < 65536:
+            raise SettingsError("port", "must be between 0 and 65535")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise SettingsError("log_level", "must be debug, info, warning or error")
+        for url in self.engine:
+            if not url.startswith(("http://", "https://")):
+                raise SettingsError("engine", f"{url!r} is no http(s) URL")
+
+
+class SettingsError(Exception):
+    """A key is unknown or its value can't be used. Says which."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}")
+
+
+_TYPES: Mapping[str, Any] = get_type_hints(Settings)
+
+
+def _convert(key: str, value: Any) -> Any:
+    """A value from a file, the environment or a flag, in the type of its setting."""
+    if key not in _TYPES:
+        raise SettingsError(key, f"unknown; known are {', '.join(sorted(_TYPES))}")
+    kind = _TYPES[key]
+    if kind == tuple[str, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(part.strip() for part in parts if part.strip())
+    target = str if kind == (str | None) else kind
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise SettingsError(key, f"{value!r} is no {target.__name__}")
+    try:
+        return target(value)
+    except ValueError as e:
+        raise SettingsError(key, f"{value!r} is no {target.__name__}") from e
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gateway",
+        description="A gateway that lets an LLM read its context while retrieval still runs.",
+        epilog=f"Every setting can also be given in the file of --config (TOML, names with "
+        f"underscores) or in the environment ({ENV_PREFIX}PORT=8000). Flags win over the "
+        "environment, the environment wins over the file.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+    for setting in fields(Settings):
+        default = setting.default if setting.default is not MISSING else None
+        shown = "" if default in (None, ()) else f" (default: {default})"
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            action="append" if setting.name == "engine" else "store",
+            metavar=setting.name.rsplit("_", 1)[-1].upper(),
+            help=setting.metadata["help"] + shown,
+        )
+    return parser
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings.
+
+    Raises:
+        SettingsError: a key is unknown or a value can't be used.
+        SystemExit: `--help`, or flags that argparse refuses.
+    """
+    flags = vars(_parser().parse_args(argv))
+    file = flags.pop("config")
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values |= tomllib.loads(file.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as e:
+            raise SettingsError("config", f"{file}: {e}") from e
+    values |= {
+        setting.name: environ[ENV_PREFIX + setting.name.upper()]
+        for setting in fields(Settings)
+        if ENV_PREFIX + setting.name.upper() in environ
+    }
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return replace(Settings(), **{key: _convert(key, value) for key, value in values.items()})

@@ -1,0 +1,361 @@
+"""One stream: its states, its prompt, and the single line of operations to its engine.
+
+    open --finish--> finishing --last token--> done
+      |                  |
+      +------------------+--> failed (engine lost), cancelled (client), expired (silence)
+
+Chunks change the prompt at once; a task of the stream's own (the pump) brings the engine to
+it. At most one operation is under way, and what arrives meanwhile goes into the next one.
+`finish` does not wait for an operation under way: the engine applies them in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Literal
+
+from engine_adapter.errors import EngineError, EngineUnavailable, UnknownPrompt, VersionConflict
+from engine_adapter.messages import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    Extend,
+    Finish,
+    Open,
+    Progress,
+    Sampling,
+    TokenEvent,
+)
+from gateway.errors import (
+    ContextTooLong,
+    EngineFailed,
+    GatewayError,
+    InputClosed,
+    SequenceGap,
+    from_engine,
+)
+from gateway.placement import Engine
+from gateway.prompt import Document, Prompt, difference
+from gateway.requests import Options
+from gateway.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+State = Literal["open", "finishing", "done", "failed", "cancelled", "expired"]
+
+MAX_ATTEMPTS = 3
+"""How often the end of a prompt is sent when the engine has lost it or is behind."""
+
+
+class Stream:
+    """A stream and its tasks. Made by `Streams`, which ends it."""
+
+    def __init__(
+        self,
+        stream_id: str,
+        model: str,
+        prompt: Prompt,
+        engine: Engine,
+        *,
+        options: Options,
+        lease_s: float,
+        metrics: Metrics,
+        ended: Callable[[Stream], None],
+    ) -> None:
+        self.id = stream_id
+        self.model = model
+        self.engine = engine
+        self.prompt = prompt
+        self.state: State = "open"
+        self.error: GatewayError | None = None
+        self.created_s = time.time()
+        self.touched_s = time.monotonic()
+        self.engine_touched_s = time.monotonic()
+        self.chunks = 0
+        self.progress: Progress | None = None
+        self.options = options
+        self._answer_tokens = options.answer_tokens or 1
+        self._lease_s = lease_s
+        self._metrics = metrics
+        self._ended = ended
+        self._acks: list[int] = []  # tokens of each chunk post, by its seq
+        self._taking = asyncio.Lock()
+        self._prompt_id = stream_id
+        self._generation = 0
+        self._sent: list[int] | None = None  # tokens of the newest operation; None: not open
+        self._sent_version = -1
+        self._changed = asyncio.Event()
+        self._changed.set()  # the head is there to be read
+        self._pump_task = asyncio.create_task(self._pump())
+        self._answer_task: asyncio.Task[None] | None = None
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        engine.streams += 1
+
+    # What clients do.
+
+    async def add(
+        self, documents: Callable[[], Awaitable[list[Document]]], seq: int | None
+    ) -> tuple[int, int]:
+        """Take in one post of chunks.
+
+        Args:
+            documents: gives the tokenized chunks of the post.
+            seq: its number, or None for the next.
+
+        Returns:
+            Its number and how many tokens it has; a repeated number gives the first answer.
+
+        Raises:
+            InputClosed, SequenceGap, ContextTooLong, EngineFailed
+        """
+        async with self._taking:
+            expected = len(self._acks)
+            if seq is not None and 0 <= seq < expected:
+                return seq, self._acks[seq]
+            self._must_be_open()
+            if seq is not None and seq != expected:
+                raise SequenceGap(
+                    f"seq is {seq} where {expected} is next", param="seq", expected_seq=expected
+                )
+            self.touched_s = time.monotonic()
+            new = await documents()
+            self._must_be_open()
+            self._take(new)
+            tokens = sum(len(d.tokens) for d in new)
+            self._acks.append(tokens)
+            return expected, tokens
+
+    def extend_first(self, documents: Sequence[Document]) -> None:
+        """Take in the documents a stream begins with.
+
+        Raises:
+            ContextTooLong
+        """
+        self._take(documents)
+
+    def _take(self, new: Sequence[Document]) -> None:
+        prompt = self.prompt.with_documents(new)
+        self.check_length(prompt)
+        self.prompt = prompt
+        self.chunks += len(new)
+        self._metrics.chunks.inc(len(new))
+        self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
+        self._changed.set()
+
+    def check_length(self, prompt: Prompt, answer_tokens: int | None = None) -> None:
+        """Raise ContextTooLong if a prompt does not leave room for the answer."""
+        if self.engine.info is None:
+            return
+        limit = self.engine.info.max_model_len
+        reserved = answer_tokens or self._answer_tokens
+        if prompt.length + reserved > limit:
+            raise ContextTooLong(
+                f"the prompt would have {prompt.length} tokens and the answer up to {reserved}, "
+                f"but the model takes {limit}",
+                param="text",
+            )
+
+    async def finish(self, options: Options) -> None:
+        """Close the input and begin the answer; `next_event` gives it.
+
+        Raises:
+            InputClosed, ContextTooLong, EngineFailed
+        """
+        async with self._taking:  # chunks that are being tokenized belong to the input
+            self._must_be_open()
+            self.check_length(self.prompt, options.answer_tokens)
+            self.state = "finishing"
+            self.touched_s = time.monotonic()
+            answer = self._answer(options.sampling(), time.monotonic())
+            self._answer_task = asyncio.create_task(answer)
+
+    async def next_event(self, timeout_s: float) -> Event | None:
+        """The next event of the answer, or None if none comes in time.
+
+        A `DoneEvent` or an `ErrorEvent` is the last. Whoever stops reading before ends the
+        stream with `cancel`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._events.get()
+        except TimeoutError:
+            return None
+
+    async def status(self) -> Progress | None:
+        """What the engine says of the prompt now, or said last."""
+        if self.state == "open" and self._sent_version >= 0:
+            with suppress(EngineError):
+                self._note(await self.engine.client.status(self._prompt_id))
+        return self.progress
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens taken in that no operation has carried to the engine yet."""
+        sent = 0 if self._sent is None else len(self._sent)
+        return max(self.prompt.length - len(self.prompt.tail) - sent, 0)
+
+    def _must_be_open(self) -> None:
+        if self.state == "failed":
+            raise self.error or EngineFailed("the stream failed")
+        if self.state != "open":
+            raise InputClosed(f"the stream is {self.state}")
+
+    # How it ends.
+
+    def fail(self, error: GatewayError) -> None:
+        """Its engine is lost. Whoever waits for the answer gets an error event."""
+        if self.state in ("open", "finishing"):
+            self.error = error
+            self._end("failed")
+            message = {"message": error.message, "code": error.code}
+            self._events.put_nowait(ErrorEvent(error=message))
+
+    async def cancel(self, state: State = "cancelled") -> None:
+        """Stop everything and free the engine's memory. No error if it has ended."""
+        if self.state not in ("open", "finishing"):
+            return
+        self._end(state)
+        tasks = [task for task in (self._pump_task, self._answer_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(EngineError):
+            await self.engine.client.abort(self._prompt_id)
+
+    async def close(self) -> None:
+        """Cancel, and wait for the tasks, however it ended."""
+        await self.cancel()
+        tasks = [task for task in (self._pump_task, self._answer_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _end(self, state: State) -> None:
+        self.state = state
+        self.touched_s = time.monotonic()
+        self.engine.streams -= 1
+        self._metrics.streams.labels(state).inc()
+        current = asyncio.current_task()
+        for task in (self._pump_task, self._answer_task):
+            if task is not None and task is not current:
+                task.cancel()
+        self._ended(self)
+
+    # The line of operations.
+
+    async def _pump(self) -> None:
+        """Bring the engine to the prompt, again and again, until the input is closed."""
+        while self.state == "open":
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                if self.state == "open":
+                    await self._send(self.prompt.open_tokens)
+            except UnknownPrompt:
+                self._forget_prompt()
+                self._changed.set()
+            except EngineUnavailable as e:
+                self.fail(from_engine(e))
+            except EngineError as e:
+                logger.error("stream %s: engine refused an operation: %s", self.id, e)
+                self.fail(from_engine(e))
+
+    async def _send(self, wanted: list[int]) -> None:
+        """One operation that makes the engine's prompt these tokens."""
+        client = self.engine.client
+        if self._sent is None:
+            self._sent, self._sent_version = wanted, 0
+            self._metrics.operations.labels("open").inc()
+            op = Open(tokens=wanted, lease_s=self._lease_s)
+            self._note(await client.open(self._prompt_id, op))
+            return
+        keep, tokens = difference(self._sent, wanted)
+        if keep == len(self._sent) and not tokens:
+            return
+        self._sent, self._sent_version = wanted, self._sent_version + 1
+        self._metrics.operations.labels("extend").inc()
+        extend = Extend(version=self._sent_version, keep=keep, tokens=tokens)
+        self._note(await client.extend(self._prompt_id, extend))
+
+    def _note(self, progress: Progress) -> None:
+        self.progress = progress
+        self.engine_touched_s = time.monotonic()
+
+    def _forget_prompt(self) -> None:
+        """The engine does not know the prompt any more: begin again under a new id."""
+        self._generation += 1
+        self._prompt_id = f"{self.id}-{self._generation}"
+        self._sent, self._sent_version = None, -1
+
+    async def _answer(self, sampling: Sampling, finished_s: float) -> None:
+        """Close the prompt at the engine and pass its events on."""
+        try:
+            for attempt in range(MAX_ATTEMPTS):
+                try:
+                    await self._finish_once(sampling, finished_s)
+                    return
+                except (UnknownPrompt, VersionConflict) as e:
+                    if attempt == MAX_ATTEMPTS - 1:
+                        raise
+                    await self._catch_up(e)
+        except EngineError as e:
+            self.fail(from_engine(e))
+
+    async def _catch_up(self, refusal: EngineError) -> None:
+        """The engine was not where it should be. Either the closing operation overtook one
+        under way: then that one is awaited. Or the engine has lost the prompt."""
+        if not self._pump_task.done():
+            await asyncio.wait([self._pump_task])
+            return
+        logger.info("stream %s is opened again: %s", self.id, refusal)
+        self._forget_prompt()
+        await self._send(self.prompt.open_tokens)
+
+    async def _finish_once(self, sampling: Sampling, finished_s: float) -> None:
+        if self._sent is None:
+            await self._send(self.prompt.open_tokens)
+        self._changed.set()  # a pump that waits for input sees that there is no more
+        wanted = self.prompt.open_tokens + list(self.prompt.tail)
+        keep, tokens = difference(self._sent or [], wanted)
+        version = self._sent_version + 1
+        op = Finish(version=version, keep=keep, tokens=tokens, sampling=sampling)
+        self._metrics.operations.labels("finish").inc()
+        async with self.engine.client.finish(self._prompt_id, op) as events:
+            waiting = True
+            async for event in events:
+                if waiting and isinstance(event, TokenEvent):
+                    self._metrics.ttft.observe(time.monotonic() - finished_s)
+                    waiting = False
+                self._pass_on(event)
+                if isinstance(event, DoneEvent | ErrorEvent):
+                    return
+        raise EngineUnavailable("the engine ended the answer without completing it")
+
+    def _pass_on(self, event: Event) -> None:
+        match event:
+            case DoneEvent():
+                self._metrics.prompt_tokens.inc(event.prompt_tokens)
+                self._metrics.cached_tokens.inc(event.cached_tokens)
+                self._metrics.completion_tokens.inc(event.completion_tokens)
+                self._end("done")
+            case ErrorEvent():
+                self.fail(from_engine(EngineError.from_json(event.error)))
+                return
+            case TokenEvent():
+                self.touched_s = time.monotonic()
+        self._events.put_nowait(event)
+
+    async def renew_lease(self) -> None:
+        """Tell the engine that somebody still cares."""
+        try:
+            self._note(await self.engine.client.status(self._prompt_id))
+        except UnknownPrompt:
+            if self.state == "open":
+                self._forget_prompt()
+                self._changed.set()
+        except EngineError as e:
+            logger.debug("stream %s: no lease renewal: %s", self.id, e)

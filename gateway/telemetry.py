@@ -1,0 +1,70 @@
+"""Counters and timings, for Prometheus. No label per stream, no prompt text."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+TTFT_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+)  # fmt: skip
+"""As OpenTelemetry's GenAI conventions give them for gen_ai.server.time_to_first_token."""
+
+CHUNK_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
+
+
+class Metrics:
+    """The metrics of one gateway, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.open_streams = Gauge(
+            "stream2llm_open_streams",
+            "Streams whose answer is not complete",
+            registry=self.registry,
+        )
+        self.streams = Counter(
+            "stream2llm_streams_total", "Streams by how they ended", ["end"], registry=self.registry
+        )
+        self.chunks = Counter("stream2llm_chunks_total", "Chunks taken in", registry=self.registry)
+        self.context_tokens = Counter(
+            "stream2llm_context_tokens_total", "Tokens of the chunks", registry=self.registry
+        )
+        self.cached_tokens = Counter(
+            "stream2llm_prefilled_early_tokens_total",
+            "Prompt tokens the engine had computed when the input was closed",
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "stream2llm_prompt_tokens_total", "Prompt tokens of answers", registry=self.registry
+        )
+        self.completion_tokens = Counter(
+            "stream2llm_completion_tokens_total", "Tokens of answers", registry=self.registry
+        )
+        self.operations = Counter(
+            "stream2llm_engine_operations_total",
+            "Operations sent to engines",
+            ["operation"],
+            registry=self.registry,
+        )
+        self.errors = Counter(
+            "stream2llm_errors_total", "Errors told to clients", ["code"], registry=self.registry
+        )
+        self.ttft = Histogram(
+            "stream2llm_time_to_first_token_seconds",
+            "From finish to the first token of the answer",
+            buckets=TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.chunk_seconds = Histogram(
+            "stream2llm_chunk_acknowledgement_seconds",
+            "From a chunk's body being read to its acknowledgement",
+            buckets=CHUNK_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.engine_up = Gauge(
+            "stream2llm_engine_up", "1 if an engine answers", ["engine"], registry=self.registry
+        )
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
