@@ -51,8 +51,8 @@ class EngineClient:
 
     async def info(self, *, timeout_s: float = 5.0) -> EngineInfo:
         """What the engine is and how busy it is."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(timeout_s, 2.0))
-        return await self._ask(EngineInfo, "GET", "/info", timeout=timeout)
+        limits = aiohttp.ClientTimeout(total=timeout_s, connect=min(timeout_s, 2.0))
+        return await self._ask(EngineInfo, "GET", "/info", limits=limits)
 
     async def open(self, prompt_id: str, op: Open) -> Progress:
         """Begin an incremental prefill."""
@@ -101,7 +101,7 @@ class EngineClient:
         method: str,
         path: str,
         op: Message | None = None,
-        timeout: aiohttp.ClientTimeout | None = None,
+        limits: aiohttp.ClientTimeout | None = None,
     ) -> M:
         async with (
             _translated(),
@@ -110,7 +110,7 @@ class EngineClient:
                 self.url + PREFIX + path,
                 data=None if op is None else encode(op),
                 headers={"Content-Type": "application/json"},
-                timeout=timeout or self._timeout,
+                timeout=limits or self._timeout,
             ) as response,
         ):
             body = await response.read()
@@ -129,7 +129,7 @@ def decode_event(line: bytes) -> Event:
         EngineUnavailable: it is not an event.
     """
     try:
-        event: Event = msgspec.json.decode(line, type=Event)  # type: ignore[arg-type]
+        event: Event = msgspec.json.decode(line, type=Event)
         return event
     except msgspec.DecodeError as e:
         raise EngineUnavailable(f"the engine sent a line that is no event: {e}") from e

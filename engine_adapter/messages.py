@@ -39,7 +39,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of everything on the wire."""
 
 
-class Open(Message):
+class Open(Message, frozen=True):
     """Begin an incremental prefill. Nothing is sampled until `Finish`."""
 
     tokens: list[int]
@@ -49,7 +49,7 @@ class Open(Message):
     """Seconds of silence after which the engine frees the prompt."""
 
 
-class Extend(Message):
+class Extend(Message, frozen=True):
     """Keep the first `keep` tokens, drop what is behind them, add `tokens`.
 
     `keep` equal to the current length is an append.
@@ -60,7 +60,7 @@ class Extend(Message):
     tokens: list[int]
 
 
-class Sampling(Message):
+class Sampling(Message, frozen=True):
     """How to sample, with the names and the defaults of the OpenAI and vLLM APIs.
 
     `None` leaves a value to the engine's own default for its model.
@@ -84,7 +84,7 @@ class Sampling(Message):
     """How many alternatives to report at each position; 0 reports the sampled token only."""
 
 
-class Finish(Message):
+class Finish(Message, frozen=True):
     """Close the input, as `Extend` does, and stream the answer."""
 
     version: int
@@ -93,7 +93,7 @@ class Finish(Message):
     sampling: Sampling
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """Where one prompt stands after an operation. All counts are tokens."""
 
     prompt_id: str
@@ -109,7 +109,7 @@ class Progress(Message):
     """Tokens whose computed KV this operation gave back."""
 
 
-class TokenLogprob(Message):
+class TokenLogprob(Message, frozen=True):
     """A token, its log-probability, and its text."""
 
     token: str
@@ -117,7 +117,7 @@ class TokenLogprob(Message):
     top: list[TokenLogprob] = []
 
 
-class TokenEvent(Message, tag="tokens"):
+class TokenEvent(Message, frozen=True, tag="tokens"):
     """New output. `text` is what the tokens add to the answer; it may be empty while a
     character or a possible stop string is incomplete."""
 
@@ -126,7 +126,7 @@ class TokenEvent(Message, tag="tokens"):
     logprobs: list[TokenLogprob] | None = None
 
 
-class DoneEvent(Message, tag="done"):
+class DoneEvent(Message, frozen=True, tag="done"):
     """The answer is complete; nothing follows."""
 
     finish_reason: str
@@ -137,7 +137,7 @@ class DoneEvent(Message, tag="done"):
     completion_tokens: int
 
 
-class ErrorEvent(Message, tag="error"):
+class ErrorEvent(Message, frozen=True, tag="error"):
     """The answer broke off; nothing follows. Fields as in `EngineError.to_json`."""
 
     error: dict[str, object]
@@ -146,7 +146,7 @@ class ErrorEvent(Message, tag="error"):
 Event = TokenEvent | DoneEvent | ErrorEvent
 
 
-class EngineInfo(Message):
+class EngineInfo(Message, frozen=True):
     """What an engine is and how busy it is."""
 
     instance_id: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from aiohttp import web
 
@@ -25,7 +25,7 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
     return bytes(body)
 
 
-async def read_lines(request: web.Request, limit_bytes: int) -> AsyncIterator[bytes]:
+async def read_lines(request: web.Request, limit_bytes: int) -> AsyncGenerator[bytes, None]:
     """The lines of a body as they arrive, without their ends; empty ones are skipped.
 
     Raises:

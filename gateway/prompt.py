@@ -129,7 +129,8 @@ class PromptBuilder:
             BadRequest: the chat template refuses the messages.
         """
         marked = place_documents(messages)
-        return await self._run(self._render, marked)
+        prompt: Prompt = await self._run(self._render, marked)
+        return prompt
 
     async def document(self, text: str, name: str | None = None) -> Document:
         """A document; a newline is put behind its text. Tokens are cached by content."""

@@ -10,27 +10,13 @@ from engine_adapter.messages import Sampling
 from gateway.errors import BadRequest, Unsupported
 
 UNSUPPORTED = frozenset(
-    [
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-        "functions",
-        "function_call",
-        "response_format",
-        "modalities",
-        "audio",
-        "prediction",
-        "web_search_options",
-        "kv_transfer_params",
-        "cache_salt",
-        "best_of",
-        "suffix",
-        "echo",
-        "guided_json",
-        "structured_outputs",
-        "prompt_logprobs",
-    ]
-)
+    {
+        "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call",
+        "response_format", "modalities", "audio", "prediction", "web_search_options",
+        "kv_transfer_params", "cache_salt", "best_of", "suffix", "echo", "guided_json",
+        "structured_outputs", "prompt_logprobs",
+    }
+)  # fmt: skip
 """Parameters of chat completions that a stream does not take. The plain pass-through does."""
 
 

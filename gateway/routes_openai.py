@@ -11,20 +11,11 @@ from gateway.errors import BadRequest, EngineFailed
 from gateway.keys import ENGINES, SESSION, SETTINGS
 
 HOP_BY_HOP = frozenset(
-    [
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "trailers",
-        "transfer-encoding",
-        "upgrade",
-        "host",
-        "content-length",
-    ]
-)
+    {
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+        "trailers", "transfer-encoding", "upgrade", "host", "content-length",
+    }
+)  # fmt: skip
 
 
 async def passed_through(request: web.Request) -> web.StreamResponse:

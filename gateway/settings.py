@@ -32,11 +32,9 @@ class Settings:
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
     max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")
     max_body_bytes: int = _setting(16 << 20, "largest body of any other request")
-    idle_timeout_s: float = _setting(300.0, "an open stream without input this long is cancelled")
+    idle_timeout_s: float = _setting(300.0, "an open stream without input so long is cancelled")
     keep_finished_s: float = _setting(60.0, "how long an ended stream can still be looked up")
-    lease_s: float = _setting(
-        60.0, "engines free a stream's memory if the gateway is silent so long"
-    )
+    lease_s: float = _setting(60.0, "engines free a stream when the gateway is silent so long")
     poll_s: float = _setting(0.5, "how often engines are asked for their health and load")
     heartbeat_s: float = _setting(5.0, "comment lines on a waiting SSE answer come this often")
     token_cache: int = _setting(4096, "chunks whose tokens are remembered")

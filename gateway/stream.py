@@ -211,8 +211,9 @@ class Stream:
         if self.state in ("open", "finishing"):
             self.error = error
             self._end("failed")
-            message = {"message": error.message, "code": error.code}
-            self._events.put_nowait(ErrorEvent(error=message))
+            self._events.put_nowait(
+                ErrorEvent(error={"message": error.message, "code": error.code})
+            )
 
     async def cancel(self, state: State = "cancelled") -> None:
         """Stop everything and free the engine's memory. No error if it has ended."""

@@ -19,7 +19,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.open_streams = Gauge(
             "stream2llm_open_streams",
-            "Streams whose answer is not complete",
+            "Streams not ended yet",
             registry=self.registry,
         )
         self.streams = Counter(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -146,7 +146,7 @@ class VllmEngine:
 
     async def answer(
         self, session: Session, params: SamplingParams, request_id: str
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Generate the answer of a finished session. Closing the iterator aborts it."""
         prompt = TokensPrompt(prompt_token_ids=session.tokens)
         if session.cache_salt is not None:

@@ -43,7 +43,7 @@ class EndpointPlugin:
         config: Any = engine_client.vllm_config  # type: ignore[union-attr]
         served = config.model_config.served_model_name
         name = served if isinstance(served, str) else served[0]
-        state.stream2llm = StreamingPrompts(engine_client, name)  # type: ignore[arg-type]
+        state.stream2llm = StreamingPrompts(engine_client, name)
 
 
 def endpoint_plugin() -> EndpointPlugin:

@@ -68,7 +68,8 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
-    return next(i for i in range(n) if a[i] != b[i])
+    differs: int = next(i for i in range(n) if a[i] != b[i])
+    return differs
 
 
 class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
