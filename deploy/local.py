@@ -6,6 +6,7 @@ and is stopped by its process group, so that none of its descendants survives.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -80,7 +81,10 @@ class Server:
         return self._process.pid
 
     def start(self) -> Self:
-        """Start the process; does not wait until it is ready."""
+        """Start the process; does not wait until it is ready.
+
+        It dies with the *thread* that calls this: call it where the caller lives.
+        """
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -173,15 +177,13 @@ class Server:
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _alive(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

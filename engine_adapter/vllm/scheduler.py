@@ -60,7 +60,8 @@ class OpenPrompt:
     @property
     def remaining_tokens(self) -> int:
         """What it may compute now: everything but the token that is held back."""
-        return max(self.request.num_tokens - 1 - self.request.num_computed_tokens, 0)
+        remaining: int = self.request.num_tokens - 1 - self.request.num_computed_tokens
+        return max(remaining, 0)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -428,7 +429,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         del self.requests[request.request_id]
         self._inflight_prefills.discard(request)
         if request.status == RequestStatus.RUNNING:
-            self.running = [r for r in self.running if r is not request]
+            self.running.remove(request)
         else:
             self.waiting.remove_requests([request])
             self.kv_holding_waiting.remove_requests([request])
