@@ -88,7 +88,7 @@ class Server:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # kept open: some servers end when it closes
                 stdout=log,
                 stderr=log,
                 env=os.environ | self._env,

@@ -1,0 +1,171 @@
+"""`make demo`: an answer that starts almost when its context is complete.
+
+Starts a real engine, the gateway, and the documentation server that ships with Python;
+crawls that site; streams each page as it arrives; asks; then sends the same context whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.local import EngineOptions, Server, engine, free_port, gateway
+from deploy.model import MODEL_NAME
+from gateway.client import Client, Stream
+from retrieval.web import Page, crawl
+
+PAGES = 12
+PAGE_CHARS = 700
+DELAY_S = 1.2
+"""Between two requests to the site, as a polite crawler waits."""
+ANSWER_TOKENS = 40
+SEED = "asyncio.html"
+QUESTION = "In one sentence: what is the asyncio package of Python for?"
+
+
+@dataclass(slots=True)
+class Run:
+    """One answer: its text and how long its first piece took, from the end of the input."""
+
+    ttft_s: float
+    text: str
+    usage: dict[str, Any]
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def main() -> int:
+    """Run the demo. Returns the exit code; whatever happens, no process is left behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ExitStack() as running:
+            asyncio.run(demo(*start(running)))
+        return 0
+    except KeyboardInterrupt:
+        say("\ninterrupted; everything is stopped")
+        return 130
+
+
+def start(running: ExitStack) -> tuple[str, str]:
+    """Start the servers. Returns the URLs of the gateway and of the site to crawl."""
+    begun_s = time.monotonic()
+    llm = running.enter_context(engine(EngineOptions(max_model_len=8192)))
+    port = free_port()
+    command = [sys.executable, "-m", "pydoc", "-n", "127.0.0.1", "-p", str(port)]
+    docs = running.enter_context(Server("pydoc", command, port=port, ready_path="/"))
+    front = running.enter_context(gateway([llm.url]))
+    say(f"starting vLLM with {MODEL_NAME} on this CPU (about a minute) ...")
+    llm.start()
+    docs.start().wait_ready(30)
+    llm.wait_ready(180, waiting=_dots())
+    front.start().wait_ready(60)
+    _ready(front)
+    say(f"\nengine {llm.url}, gateway {front.url}, site {docs.url}  "
+        f"[{time.monotonic() - begun_s:.0f} s]\n")  # fmt: skip
+    return front.url, docs.url
+
+
+def _ready(front: Server) -> None:
+    import httpx
+
+    while httpx.get(front.url + "/ready", trust_env=False).status_code != 200:
+        time.sleep(0.1)
+
+
+def _dots() -> Any:
+    last = 0
+
+    def waiting(seconds: float) -> None:
+        nonlocal last
+        if seconds // 5 > last:
+            last = int(seconds // 5)
+            print(".", end="", flush=True)
+
+    return waiting
+
+
+async def demo(gateway_url: str, site: str) -> None:
+    """Warm up, stream while crawling, send whole, compare."""
+    async with Client(gateway_url) as client:
+        await whole(client, "warm-up", [Page("", "", "Python. " * 40)], ANSWER_TOKENS // 8)
+        say(f"streaming: a crawl of {PAGES} pages, one request every {DELAY_S:g} s")
+        pages, streamed = await stream_while_crawling(client, site)
+        say(f"\nsent whole: the same {len(pages)} pages, now that the crawl is over")
+        unstreamed = await whole(client, "2", pages, ANSWER_TOKENS)
+        say(f"  first token after {unstreamed.ttft_s:.2f} s "
+            f"({unstreamed.usage['prompt_tokens']} tokens to read)")  # fmt: skip
+        say(f"  answer: {unstreamed.text.strip()}\n")
+    ratio = unstreamed.ttft_s / streamed.ttft_s
+    say(
+        f"TTFT streamed {streamed.ttft_s:.2f} s, sent whole {unstreamed.ttft_s:.2f} s: {ratio:.1f}x"
+    )
+
+
+def messages(run: str) -> list[dict[str, str]]:
+    """The conversation. `run` makes the first tokens of each run differ, so that none finds
+    another's KV in the engine's prefix cache."""
+    system = f"{run}. You answer from the documentation you are given."
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": "{{documents}}\nQuestion: " + QUESTION},
+    ]
+
+
+async def stream_while_crawling(client: Client, site: str) -> tuple[list[Page], Run]:
+    """Send each page when it arrives, and ask when the crawl ends."""
+    pages: list[Page] = []
+    begun_s = time.monotonic()
+    async with client.stream(
+        MODEL_NAME, messages("1"), max_tokens=ANSWER_TOKENS, temperature=0
+    ) as stream:
+        crawling = crawl(f"{site}/{SEED}", pages=PAGES, delay_s=DELAY_S, max_chars=PAGE_CHARS)
+        async with aclosing(crawling) as arriving:  # type: ignore[type-var]
+            async for page in arriving:
+                pages.append(page)
+                before = (await stream.status())["tokens"]
+                tokens = await stream.send(page.text, id=page.url)
+                received = before["prompt"] + tokens
+                say(f"  {time.monotonic() - begun_s:5.1f} s  page {len(pages):2}  +{tokens:4} tokens"
+                    f"  read {before['prefilled']:5} of {received:5}  {page.title[:40]}")  # fmt: skip
+        ended_s = time.monotonic()
+        say(f"  {ended_s - begun_s:5.1f} s  crawl ended, question asked")
+        run = await answer(stream, ended_s)
+        say(f"  {ended_s - begun_s + run.ttft_s:5.1f} s  first token, {run.ttft_s:.2f} s after "
+            "the end of the crawl")  # fmt: skip
+        early = run.usage["prompt_tokens_details"]["cached_tokens"]
+        say(f"  {early} of {run.usage['prompt_tokens']} tokens were read before the question")
+        say(f"  answer: {run.text.strip()}")
+        return pages, run
+
+
+async def whole(client: Client, run: str, pages: list[Page], max_tokens: int) -> Run:
+    """Send everything at once, as an application does that waits for its retrieval."""
+    begun_s = time.monotonic()
+    documents = [{"text": page.text, "id": page.url} for page in pages]
+    async with client.stream(
+        MODEL_NAME, messages(run), max_tokens=max_tokens, temperature=0, documents=documents
+    ) as stream:
+        return await answer(stream, begun_s)
+
+
+async def answer(stream: Stream, from_s: float) -> Run:
+    """Read the answer, timing its first piece."""
+    ttft_s = None
+    pieces = []
+    async for piece in stream.answer():
+        if ttft_s is None:
+            ttft_s = time.monotonic() - from_s
+        pieces.append(piece)
+    assert ttft_s is not None and stream.usage is not None, "an empty answer"
+    return Run(ttft_s, "".join(pieces), stream.usage)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
