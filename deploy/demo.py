@@ -132,8 +132,10 @@ async def stream_while_crawling(client: Client, site: str) -> tuple[list[Page], 
                 before = (await stream.status())["tokens"]
                 tokens = await stream.send(page.text, id=page.url)
                 received = before["prompt"] + tokens
-                say(f"  {time.monotonic() - begun_s:5.1f} s  page {len(pages):2}  +{tokens:4} tokens"
-                    f"  read {before['prefilled']:5} of {received:5}  {page.title[:40]}")  # fmt: skip
+                say(
+                    f"  {time.monotonic() - begun_s:5.1f} s  page {len(pages):2}  +{tokens:4} "
+                    f"tokens  read {before['prefilled']:5} of {received:5}  {page.title[:36]}"
+                )
         ended_s = time.monotonic()
         say(f"  {ended_s - begun_s:5.1f} s  crawl ended, question asked")
         run = await answer(stream, ended_s)
@@ -163,7 +165,8 @@ async def answer(stream: Stream, from_s: float) -> Run:
         if ttft_s is None:
             ttft_s = time.monotonic() - from_s
         pieces.append(piece)
-    assert ttft_s is not None and stream.usage is not None, "an empty answer"
+    if ttft_s is None or stream.usage is None:
+        raise RuntimeError("the answer is empty")
     return Run(ttft_s, "".join(pieces), stream.usage)
 
 

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +29,7 @@ from deploy.model import MODEL_NAME, model_dir
 
 PR_SET_PDEATHSIG = 1
 STOP_GRACE_S = 10.0
+KILL_GRACE_S = 5.0
 LOG_TAIL_LINES = 30
 
 
@@ -43,8 +45,7 @@ def free_port() -> int:
         return port
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+_libc = ctypes.CDLL(None)  # loaded here: little is safe between fork and exec
 
 
 class Server:
@@ -77,14 +78,23 @@ class Server:
 
     @property
     def pid(self) -> int:
-        assert self._process is not None, "not started"
+        """Of the process that was started, also after it ended by itself."""
+        assert self._process is not None, "not running"
         return self._process.pid
 
     def start(self) -> Self:
-        """Start the process; does not wait until it is ready.
+        """Start the process; does not wait until it is ready. May follow a `kill` or `stop`.
 
         It dies with the *thread* that calls this: call it where the caller lives.
         """
+        assert self._process is None, "started already"
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before the line above
+                os.kill(os.getpid(), signal.SIGKILL)
+
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -93,7 +103,7 @@ class Server:
                 stderr=log,
                 env=os.environ | self._env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         return self
 
@@ -106,66 +116,79 @@ class Server:
             waiting: called every now and then with the seconds waited so far.
 
         Raises:
-            ServerFailed: it ended, or is not ready in time.
+            ServerFailed: it ended, or is not ready in time; nothing of it is left.
         """
         begun_s = time.monotonic()
-        while time.monotonic() - begun_s < timeout_s:
+        while (waited_s := time.monotonic() - begun_s) < timeout_s:
             if self._process is None or self._process.poll() is not None:
+                self.kill()
                 raise ServerFailed(f"{self.name} ended while starting:\n{self.log_tail()}")
-            try:
+            with contextlib.suppress(httpx.TransportError):
                 if httpx.get(self._ready_url, timeout=5.0, trust_env=False).status_code == 200:
                     return self
-            except httpx.TransportError:
-                pass
-            waiting(time.monotonic() - begun_s)
+            waiting(waited_s)
             time.sleep(0.2)
-        self.stop()
+        self.kill()
         raise ServerFailed(f"{self.name} not ready after {timeout_s:g} s:\n{self.log_tail()}")
 
     def log_tail(self) -> str:
         """The last lines of its output."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return ""
         return "\n".join(lines[-LOG_TAIL_LINES:])
 
     def kill(self) -> None:
         """End it at once, with everything it has started, as a crash would."""
-        self._end([signal.SIGKILL])
+        self._end(grace_s=0.0)
 
-    def stop(self) -> None:
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """End it, politely first, with everything it has started. No error if it has ended."""
-        self._end([signal.SIGINT, signal.SIGKILL])
+        self._end(grace_s)
         self.log_path.unlink(missing_ok=True)
 
-    def _end(self, signals: Sequence[signal.Signals]) -> None:
+    def _end(self, grace_s: float) -> None:
         if self._process is None:
             return
         family = self._family()
-        for number in signals:
-            if self._process.poll() is None or number == signal.SIGKILL:
-                for member in family:
-                    if number == signal.SIGKILL or member.pid == self._process.pid:
-                        _signal(member, number)
-            psutil.wait_procs(family, timeout=STOP_GRACE_S)
-            family = [member for member in family if _alive(member)]
-        self._process.wait()
-        self._process = None
-
-    def _family(self) -> list[psutil.Process]:
-        """The process, its descendants, and whoever else is in its session."""
-        leader = self.pid
-        found = {}
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == leader:
-                    found[process.pid] = process
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
         try:
-            for process in psutil.Process(leader).children(recursive=True):
-                found[process.pid] = process
-        except psutil.NoSuchProcess:
-            pass
-        return list(found.values())
+            if grace_s > 0 and self._process.poll() is None:
+                self._process.terminate()  # the leader knows best how to end its children
+                self._wait(family, grace_s)
+        finally:  # also when Ctrl-C interrupts the wait
+            left = family | self._family()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._wait(left, KILL_GRACE_S)
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._process = None
+
+    def _wait(self, family: Iterable[psutil.Process], timeout_s: float) -> None:
+        """Wait until all have ended. A zombie has: its parent may never ask for it."""
+        deadline_s = time.monotonic() + timeout_s
+        assert self._process is not None
+        while time.monotonic() < deadline_s:
+            ended = self._process.poll() is not None
+            if ended and not any(_alive(process) for process in family):
+                return
+            time.sleep(0.02)
+
+    def _family(self) -> set[psutil.Process]:
+        """The process, its descendants, and whoever else is in its session."""
+        assert self._process is not None
+        found = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == self.pid:
+                    found.add(process)
+        if self._process.poll() is None:  # else the id may be another's by now
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.update(psutil.Process(self.pid).children(recursive=True))
+        return found
 
     def __enter__(self) -> Self:
         return self
@@ -174,11 +197,6 @@ class Server:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -198,42 +216,58 @@ class EngineOptions:
     max_model_len: int = 8192
     kv_blocks: int | None = None
     """Size of the KV pool in blocks; None leaves it to vLLM."""
-    step_tokens: int = 128
+    max_num_batched_tokens: int = 128
     """Tokens in one step. Operations take effect between steps: short ones react sooner."""
     dtype: str | None = None
-    """None for what the CPU computes fastest."""
+    """None for what the machine computes fastest."""
     cores: str | None = None
     """Cores to compute on, e.g. `0-1`; None for all."""
+    port: int | None = None
+    """None for a free one."""
     debug_checks: bool = False
+    """Let the plug-in verify its own state at every step (slower)."""
+    extra_args: tuple[str, ...] = ()
+    """Further flags of vLLM."""
 
 
-def engine(options: EngineOptions) -> Server:
-    """An engine on this machine's CPU, not started yet."""
-    port = free_port()
+def engine(options: EngineOptions | None = None) -> Server:
+    """An engine on this machine, not started yet."""
+    options = options or EngineOptions()
+    on_cpu = is_cpu_build()
+    port = options.port or free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(options.model or model_dir()),
         "--served-model-name", options.served_name,
         "--host", "127.0.0.1",
         "--port", str(port),
-        "--dtype", options.dtype or cpu_dtype(),
+        "--dtype", options.dtype or (cpu_dtype() if on_cpu else "auto"),
         "--max-model-len", str(options.max_model_len),
-        "--max-num-batched-tokens", str(options.step_tokens),
-        "--block-size", "32",
-        "--enforce-eager",
+        "--max-num-batched-tokens", str(options.max_num_batched_tokens),
         "--scheduler-cls", "engine_adapter.vllm.scheduler.StreamScheduler",
     ]  # fmt: skip
     if options.kv_blocks is not None:
         command += ["--num-gpu-blocks-override", str(options.kv_blocks)]
     env = {
         "VLLM_PLUGINS": "stream2llm",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": options.cores or f"0-{(os.cpu_count() or 1) - 1}",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "STREAM2LLM_DEBUG_CHECKS": "1" if options.debug_checks else "0",
     }
+    if on_cpu:
+        command += ["--block-size", "32", "--enforce-eager"]
+        env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        env["VLLM_CPU_OMP_THREADS_BIND"] = options.cores or f"0-{(os.cpu_count() or 1) - 1}"
+    command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM computes on the CPU, told without importing it."""
+    try:
+        return "cpu" in metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return True  # `vllm-cpu`
 
 
 def cpu_dtype() -> str:
@@ -245,17 +279,41 @@ def cpu_dtype() -> str:
     return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
-def gateway(engines: Sequence[str], *extra: str) -> Server:
+def gateway(
+    engines: Sequence[str], extra: Sequence[str] = (), *, port: int | None = None
+) -> Server:
     """A gateway in front of engines, not started yet.
 
     Args:
         engines: their URLs.
-        extra: further flags.
+        extra: further flags. The tokenizer is the small model's unless they name one.
+        port: None for a free one.
     """
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "gateway", "--port", str(port)]
-    command += ["--tokenizer", str(model_dir()), *extra]
+    if "--tokenizer" not in extra:
+        command += ["--tokenizer", str(model_dir())]
     for url in engines:
         command += ["--engine", url]
+    command += extra
     env = {"HF_HUB_OFFLINE": "1"}
     return Server("gateway", command, port=port, ready_path="/health", env=env)
+
+
+def command(
+    name: str,
+    arguments: Sequence[str],
+    *,
+    port: int | None = None,
+    ready_path: str = "/",
+    env: Mapping[str, str] | None = None,
+) -> Server:
+    """Any other server, not started yet.
+
+    Args:
+        arguments: the command line; `{port}` in it stands for the port.
+        port: None for a free one.
+    """
+    port = port or free_port()
+    line = [argument.replace("{port}", str(port)) for argument in arguments]
+    return Server(name, line, port=port, ready_path=ready_path, env=env)

@@ -29,17 +29,16 @@ async def crawl(
 ) -> AsyncIterator[Page]:
     """Fetch a page and what it links to on the same site, breadth first.
 
-    Pages that can't be fetched, are not HTML or have no text are passed over.
+    Pages that can't be fetched, are not HTML, or have no text or the text of another are passed over.
 
     Args:
         pages: stop after this many.
         delay_s: politeness: seconds between two requests to the site.
         max_chars: cut a page's text, at a line end, to at most this many characters.
     """
-    queue, seen = deque([seed]), {seed}
-    found = 0
+    queue, seen, texts = deque([seed]), {seed}, set[str]()
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as http:
-        while queue and found < pages:
+        while queue and len(texts) < pages:
             url = queue.popleft()
             html = await _fetch(http, url)
             if html is not None:
@@ -49,10 +48,10 @@ async def crawl(
                         seen.add(link)
                         queue.append(link)
                 page = _read(soup, url, max_chars)
-                if page is not None:
-                    found += 1
+                if page is not None and page.text not in texts:
+                    texts.add(page.text)
                     yield page
-            if queue and found < pages:
+            if queue and len(texts) < pages:
                 await asyncio.sleep(delay_s)
 
 
