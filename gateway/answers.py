@@ -10,7 +10,7 @@ import orjson
 
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, TokenEvent, TokenLogprob
-from gateway.errors import from_engine
+from gateway.errors import GatewayError, from_engine
 from gateway.stream import Stream
 
 DONE = b"data: [DONE]\n\n"
@@ -24,9 +24,9 @@ def sse(body: Json) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
-def error_body(event: ErrorEvent) -> Json:
-    """The OpenAI error object for an answer that broke off."""
-    return from_engine(EngineError.from_json(event.error)).to_json()
+def answer_error(event: ErrorEvent) -> GatewayError:
+    """What a client is told of an answer that broke off."""
+    return from_engine(EngineError.from_json(event.error))
 
 
 def usage(event: DoneEvent) -> Json:
@@ -75,7 +75,7 @@ class Chunks:
                     yield sse(self._frame([]) | {"usage": usage(event)})
                 yield DONE
             case ErrorEvent():
-                yield sse(error_body(event))
+                yield sse(answer_error(event).to_json())
 
     def _event(
         self, delta: Json, finish_reason: str | None = None, logprobs: Json | None = None

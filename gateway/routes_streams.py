@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
-from gateway.answers import HEARTBEAT, Chunks, Whole, error_body
+from gateway.answers import HEARTBEAT, Chunks, Whole, answer_error
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
 from gateway.errors import BadRequest
@@ -157,7 +157,7 @@ async def _whole(request: web.Request, stream: Stream) -> web.Response:
             case DoneEvent() as done:
                 return _json(whole.body(done))
             case ErrorEvent() as broken:
-                return _json(error_body(broken), 503)
+                raise stream.error or answer_error(broken)
 
 
 async def _sse(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:

@@ -263,7 +263,7 @@ class Stream:
                 self.fail(from_engine(e))
             except EngineError as e:
                 logger.error("stream %s: engine refused an operation: %s", self.id, e)
-                self.fail(from_engine(e))
+                await self._refused(e)
 
     async def _send(self, wanted: list[int]) -> None:
         """One operation that makes the engine's prompt these tokens."""
@@ -304,7 +304,14 @@ class Stream:
                         raise
                     await self._catch_up(e)
         except EngineError as e:
-            self.fail(from_engine(e))
+            await self._refused(e)
+
+    async def _refused(self, error: EngineError) -> None:
+        """Fail, and do not leave what the engine holds to its lease."""
+        self.fail(from_engine(error))
+        if not isinstance(error, EngineUnavailable):
+            with suppress(EngineError):
+                await self.engine.client.abort(self._prompt_id)
 
     async def _catch_up(self, refusal: EngineError) -> None:
         """The engine was not where it should be. Either the closing operation overtook one

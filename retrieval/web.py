@@ -29,7 +29,8 @@ async def crawl(
 ) -> AsyncIterator[Page]:
     """Fetch a page and what it links to on the same site, breadth first.
 
-    Pages that can't be fetched, are not HTML, or have no text or the text of another are passed over.
+    Pages that can't be fetched, are not HTML, have no text, or the text of an earlier one are
+    passed over.
 
     Args:
         pages: stop after this many.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -135,15 +136,13 @@ async def test_sampling_that_vllm_refuses(http: httpx.AsyncClient, url: str) -> 
     stream = (await http.post(url, json=CREATE)).json()["id"]
     body = {"stream": False, "temperature": -1}
     answer = await http.post(f"{url}/{stream}/finish", json=body)
-    assert answer.status_code in (400, 503)
+    assert answer.status_code == 400
     assert "temperature" in answer.json()["error"]["message"]
 
 
 async def test_one_request_form_that_breaks_off(
     http: httpx.AsyncClient, url: str, bystander: None
 ) -> None:
-    import json
-
     async def post(*lines: bytes) -> httpx.Response:
         headers = {"Content-Type": "application/x-ndjson"}
         return await http.post(url, content=b"\n".join(lines), headers=headers)
