@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 UV := uv==0.13.9
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
@@ -17,17 +18,27 @@ help: ## show this
 
 setup: $(READY) ## install everything into .venv
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is older than Python 3.11: name another one with make PYTHON=..."; exit 1; }
 	@echo "setting up $(VENV) (once, about a minute) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(UV) $(TORCH) \
-	  2>&1 | grep -v "is ignored: it is neither" || true
-	@$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python -r requirements.lock
-	@$(BIN)/uv pip install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
-	@$(BIN)/python -c "import torch" || { echo "PyTorch does not load. On a machine without a \
-	GPU pip must find PyTorch's CPU build: set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to where \
-	PyTorch publishes it, remove $(VENV), and try again."; exit 1; }
+	@echo "  PyTorch"
+	@$(PIP) --no-deps $(UV) $(TORCH)
+	@echo "  vLLM and everything else"
+	@$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python -r requirements.lock || { \
+	  echo "  uv could not; with pip, which has its own settings:"; \
+	  $(PIP) --no-deps -r requirements.lock; }
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c "import torch" || { echo; echo "$$TORCH_DOES_NOT_LOAD"; exit 1; }
 	@touch $@
+
+define TORCH_DOES_NOT_LOAD
+PyTorch does not load: probably a build for GPUs came, whose libraries are not installed here.
+Point pip at the CPU builds that PyTorch publishes (its install page names the place): set
+PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, remove $(VENV), and try again.
+endef
+export TORCH_DOES_NOT_LOAD
 
 model: $(READY)
 	@$(BIN)/python -m deploy.model > /dev/null
