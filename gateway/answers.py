@@ -8,9 +8,8 @@ from typing import Any
 
 import orjson
 
-from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, TokenEvent, TokenLogprob
-from gateway.errors import GatewayError, from_engine
+from gateway.errors import EngineFailed, GatewayError
 from gateway.stream import Stream
 
 DONE = b"data: [DONE]\n\n"
@@ -24,9 +23,9 @@ def sse(body: Json) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
-def answer_error(event: ErrorEvent) -> GatewayError:
+def why_broken(stream: Stream) -> GatewayError:
     """What a client is told of an answer that broke off."""
-    return from_engine(EngineError.from_json(event.error))
+    return stream.error or EngineFailed("the answer broke off")
 
 
 def usage(event: DoneEvent) -> Json:
@@ -75,7 +74,7 @@ class Chunks:
                     yield sse(self._frame([]) | {"usage": usage(event)})
                 yield DONE
             case ErrorEvent():
-                yield sse(answer_error(event).to_json())
+                yield sse(why_broken(self.stream).to_json())
 
     def _event(
         self, delta: Json, finish_reason: str | None = None, logprobs: Json | None = None

@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
-from gateway.answers import HEARTBEAT, Chunks, Whole, answer_error
+from gateway.answers import HEARTBEAT, Chunks, Whole, why_broken
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
 from gateway.errors import BadRequest
@@ -156,8 +156,8 @@ async def _whole(request: web.Request, stream: Stream) -> web.Response:
                 whole.add(event)
             case DoneEvent() as done:
                 return _json(whole.body(done))
-            case ErrorEvent() as broken:
-                raise stream.error or answer_error(broken)
+            case ErrorEvent():
+                raise why_broken(stream)
 
 
 async def _sse(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:

@@ -18,7 +18,10 @@ from gateway.prompt import PromptBuilder
 from tests.engine.conftest import MODEL, finished, sent_whole
 
 ANSWER_TOKENS = 6
-WORDS = ["the", "of", "engine", "token", "stream", "naïve", "北京", "Ωmega", "{", "}", "==", "def", "3.14", "<|im_end|>", "🙂", "a"]
+WORDS = [
+    "the", "of", "engine", "token", "stream", "naïve", "北京", "Ωmega",
+    "{", "}", "==", "def", "3.14", "<|im_end|>", "🙂", "a",
+]  # fmt: skip
 
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
 gaps_s = st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.15, 0.4])

@@ -1,0 +1,123 @@
+"""The planner: pure, so plainly testable."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_adapter.scheduling import policies
+from engine_adapter.scheduling.plan import Eviction, Plan, View, plan
+
+
+def view(name: str, **values: object) -> View:
+    defaults: dict[str, object] = {
+        "full": True,
+        "arrival_s": 0.0,
+        "last_input_s": 0.0,
+        "computed_tokens": 0,
+        "remaining_tokens": 10,
+        "held_blocks": 0,
+        "needed_blocks": 1,
+    }
+    return View(request_id=name, **(defaults | values))  # type: ignore[arg-type]
+
+
+def planned(*order: View, budget: int = 100, free: int = 100, slots: int = 100) -> Plan:
+    return plan(order, budget_tokens=budget, free_blocks=free, slots=slots)
+
+
+def test_tokens_go_to_the_first_until_the_step_is_full() -> None:
+    grants = planned(view("a", remaining_tokens=60), view("b", remaining_tokens=60)).grants
+    assert grants == {"a": 60, "b": 40}
+
+
+def test_a_full_request_takes_what_it_lacks_from_the_back() -> None:
+    held = {"full": False, "held_blocks": 5, "needed_blocks": 5, "divisible": True}
+    first, middle, last = view("a", needed_blocks=7), view("b", **held), view("c", **held)
+    result = planned(first, middle, last, free=0)
+    assert result.evictions == (Eviction("c", 0), Eviction("b", 3))
+    assert result.grants == {"a": 10}
+
+
+def test_an_indivisible_victim_loses_everything() -> None:
+    result = planned(view("a", needed_blocks=2), view("b", held_blocks=8, needed_blocks=8), free=0)
+    assert result.evictions == (Eviction("b", 0),)
+
+
+def test_a_partial_request_uses_free_memory_only() -> None:
+    speculative = view("a", full=False, needed_blocks=3)
+    idle = view("b", full=False, held_blocks=9, remaining_tokens=0)
+    assert planned(speculative, idle, free=2) == Plan({}, ())
+    assert planned(speculative, idle, free=3).grants == {"a": 10}
+
+
+def test_nobody_overtakes_a_full_request_that_does_not_fit() -> None:
+    big, small = view("a", needed_blocks=9), view("b", needed_blocks=1)
+    assert planned(big, small, free=3).grants == {}
+
+
+def test_pinned_blocks_stay() -> None:
+    pinned = view("b", held_blocks=9, pinned=True)
+    assert planned(view("a", needed_blocks=2), pinned, free=1).evictions == ()
+
+
+def test_slots_bound_who_joins_but_not_who_is_there() -> None:
+    grants = planned(view("a", running=True), view("b"), view("c"), slots=2).grants
+    assert set(grants) == {"a", "b"}
+
+
+def test_answers_first_then_full_then_partial_then_idle() -> None:
+    views = [
+        view("idle", full=False, remaining_tokens=0, arrival_s=0),
+        view("partial", full=False, arrival_s=1),
+        view("late", arrival_s=3),
+        view("early", arrival_s=2),
+        view("answering", decoding=True, arrival_s=9),
+    ]
+    names = [v.request_id for v in policies.order(views)]
+    assert names == ["answering", "early", "late", "partial", "idle"]
+
+
+sizes = st.integers(0, 12)
+any_view = st.builds(
+    View,
+    request_id=st.uuids().map(str),
+    full=st.booleans(),
+    arrival_s=st.floats(0, 100),
+    last_input_s=st.floats(0, 100),
+    computed_tokens=sizes,
+    remaining_tokens=sizes,
+    held_blocks=sizes,
+    needed_blocks=st.integers(1, 20),
+    decoding=st.booleans(),
+    running=st.booleans(),
+    divisible=st.booleans(),
+    pinned=st.booleans(),
+)
+
+
+@given(
+    views=st.lists(any_view, max_size=12),
+    budget=st.integers(0, 60),
+    free=st.integers(0, 30),
+    slots=st.integers(0, 12),
+)
+def test_a_plan_never_spends_what_the_step_does_not_have(
+    views: list[View], budget: int, free: int, slots: int
+) -> None:
+    ordered = policies.order(views)
+    result = plan(ordered, budget_tokens=budget, free_blocks=free, slots=slots)
+    by_id = {v.request_id: v for v in views}
+    assert sum(result.grants.values()) <= budget
+    evicted = {e.request_id for e in result.evictions}
+    assert not evicted & result.grants.keys(), "a victim computes"
+    assert not any(by_id[name].pinned for name in evicted)
+    freed = sum(by_id[e.request_id].held_blocks - e.keep_blocks for e in result.evictions)
+    spent = sum(
+        max(by_id[name].needed_blocks - by_id[name].held_blocks, 0) for name in result.grants
+    )
+    assert spent <= free + freed
+    joining = sum(not by_id[name].running for name in result.grants)
+    assert joining == 0 or joining <= slots - sum(v.running for v in views)
+    for eviction in result.evictions:
+        assert 0 <= eviction.keep_blocks < by_id[eviction.request_id].held_blocks
