@@ -103,6 +103,7 @@ class StreamingPrompts:
                     yield _line(event)
         finally:
             self._answers.pop(session.prompt_id, None)
+            self.sessions.answered(session)
             # vLLM may not have taken the request in: then the prompt is still open there.
             await asyncio.shield(self.engine.close(session.prompt_id))
 

@@ -88,7 +88,7 @@ class Sessions:
             raise PromptExists(f"prompt {prompt_id!r} is open already")
         if not 0 < op.lease_s <= MAX_LEASE_S:
             raise BadOperation(f"lease_s must be above 0 and at most {MAX_LEASE_S:g}")
-        if len(self._sessions) >= self._limits.max_open_prompts:
+        if sum(not s.finished for s in self._sessions.values()) >= self._limits.max_open_prompts:
             raise EngineOverloaded(f"{self._limits.max_open_prompts} prompts are open")
         self._check_tokens(op.tokens, len(op.tokens))
         session = Session(
@@ -154,6 +154,10 @@ class Sessions:
                 session, {"state": "finishing", "length": len(session.tokens), "computed": 0}
             )
         return self._progress(session, await self._core.status(prompt_id))
+
+    def answered(self, session: Session) -> None:
+        """The answer is complete. Until its lease ends the id is known as finished."""
+        session.tokens = []
 
     def forget(self, session: Session) -> None:
         """Drop a session if it is still the one of its id."""

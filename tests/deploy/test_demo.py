@@ -1,0 +1,67 @@
+"""The demo, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.engine
+
+MARK = "STREAM2LLM_TEST_MARK"
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def left_behind(mark: str) -> list[str]:
+    """Command lines of living processes that were started by the marked demo."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        try:
+            marked = process.environ().get(MARK) == mark
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if marked and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(" ".join(process.info["cmdline"]))
+    return found
+
+
+def start(mark: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.demo"],
+        cwd=ROOT,
+        env=os.environ | {MARK: mark},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_demo_ends_with_its_result_and_leaves_no_process(model_dir: Path) -> None:
+    demo = start("whole")
+    output, _ = demo.communicate(timeout=280)
+    assert demo.returncode == 0, output
+    last = output.splitlines()[-1]
+    assert re.fullmatch(r"TTFT streamed \d+\.\d\d s, sent whole \d+\.\d\d s: \d+\.\dx", last)
+    assert not left_behind("whole")
+
+
+def test_ctrl_c_leaves_no_process(model_dir: Path) -> None:
+    demo = start("interrupted")
+    assert demo.stdout is not None
+    for line in demo.stdout:
+        if line.startswith("starting vLLM"):
+            break
+    deadline_s = time.monotonic() + 60
+    while not any("EngineCore" in c or "multiprocessing" in c for c in left_behind("interrupted")):
+        assert time.monotonic() < deadline_s, "the engine's processes do not come up"
+        time.sleep(0.5)
+    demo.send_signal(signal.SIGINT)
+    demo.communicate(timeout=40)
+    assert demo.returncode == 130
+    assert not left_behind("interrupted")

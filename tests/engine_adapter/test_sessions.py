@@ -1,0 +1,149 @@
+"""Open prompts as an engine's clients see them: versions, retries, leases, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_adapter.errors import (
+    EngineError,
+    EngineOverloaded,
+    PromptFinished,
+    UnknownPrompt,
+    VersionConflict,
+)
+from engine_adapter.messages import Extend, Finish, Open, Sampling
+from engine_adapter.vllm.sessions import Limits, Sessions
+from tests.fake_engine import FakeCore
+
+LIMITS = Limits(max_model_len=50, vocab_size=100, max_open_prompts=2)
+
+
+@pytest.fixture
+def core() -> FakeCore:
+    return FakeCore()
+
+
+@pytest.fixture
+def sessions(core: FakeCore) -> Sessions:
+    return Sessions(core, LIMITS)
+
+
+def finish(version: int, keep: int) -> Finish:
+    return Finish(version=version, keep=keep, tokens=[9], sampling=Sampling())
+
+
+async def test_a_retry_is_answered_without_being_applied_again(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("p", Open(tokens=[1, 2]))
+    op = Extend(version=1, keep=2, tokens=[3])
+    first = await sessions.extend("p", op)
+    assert await sessions.extend("p", op) == first
+    assert core.operations == ["open", "extend"]
+    assert core.tokens["p"] == [1, 2, 3]
+
+
+async def test_a_retry_while_the_first_try_is_under_way_waits_for_its_answer(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    core.delay_s = lambda: 0.05
+    answers = await asyncio.gather(*(sessions.open("p", Open(tokens=[1])) for _ in range(3)))
+    assert answers[0] == answers[1] == answers[2]
+    assert core.operations == ["open"]
+
+
+async def test_a_caller_that_goes_away_does_not_undo_its_operation(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    core.delay_s = lambda: 0.05
+    caller = asyncio.create_task(sessions.open("p", Open(tokens=[1])))
+    await asyncio.sleep(0)
+    caller.cancel()
+    answer = await sessions.extend("p", Extend(version=1, keep=1, tokens=[2]))
+    assert answer.length == 2
+
+
+async def test_nothing_follows_finish(sessions: Sessions) -> None:
+    await sessions.open("p", Open(tokens=[1]))
+    assert sessions.finish("p", finish(1, 1)).tokens == [1, 9]
+    with pytest.raises(PromptFinished):
+        await sessions.extend("p", Extend(version=2, keep=2, tokens=[3]))
+    with pytest.raises(PromptFinished):
+        sessions.finish("p", finish(2, 2))
+
+
+async def test_an_operation_that_overtakes_is_told_which_version_is_next(
+    sessions: Sessions,
+) -> None:
+    await sessions.open("p", Open(tokens=[1]))
+    with pytest.raises(VersionConflict) as gap:
+        sessions.finish("p", finish(2, 1))
+    assert gap.value.details == {"expected_version": 1}
+    assert EngineError.from_json(gap.value.to_json()).details == gap.value.details
+
+
+async def test_only_prompts_with_open_input_count_against_the_limit(sessions: Sessions) -> None:
+    for name in ("a", "b"):
+        await sessions.open(name, Open(tokens=[1]))
+    with pytest.raises(EngineOverloaded):
+        await sessions.open("c", Open(tokens=[1]))
+    sessions.finish("a", finish(1, 1))
+    await sessions.open("c", Open(tokens=[1]))
+
+
+async def test_silence_longer_than_the_lease_frees_a_prompt(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("short", Open(tokens=[1], lease_s=1))
+    await sessions.open("long", Open(tokens=[1], lease_s=100))
+    assert await sessions.expire(time.monotonic() + 2) == ["short"]
+    assert list(core.tokens) == ["long"]
+    with pytest.raises(UnknownPrompt):
+        await sessions.status("short")
+
+
+operations = st.lists(
+    st.tuples(
+        st.sampled_from(["open", "extend", "finish", "abort", "status"]),
+        st.sampled_from(["p", "q", "r"]),
+        st.integers(-1, 4),
+        st.integers(-1, 60),
+        st.lists(st.integers(-1, 101), max_size=30),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(operations=operations)
+async def test_no_operation_is_answered_by_anything_but_its_answer_or_a_typed_error(
+    operations: list[tuple[str, str, int, int, list[int]]],
+) -> None:
+    core = FakeCore()
+    sessions, statuses = Sessions(core, LIMITS), set[int]()
+    for kind, prompt_id, version, keep, tokens in operations:
+        try:
+            match kind:
+                case "open":
+                    await sessions.open(prompt_id, Open(tokens=tokens))
+                case "extend":
+                    op = Extend(version=version, keep=keep, tokens=tokens)
+                    await sessions.extend(prompt_id, op)
+                case "finish":
+                    sessions.finish(prompt_id, finish(version, keep))
+                    await core.close(prompt_id)
+                case "abort":
+                    await sessions.abort(prompt_id)
+                case "status":
+                    await sessions.status(prompt_id)
+        except EngineError as e:
+            statuses.add(e.status)
+        for held in core.tokens.values():
+            assert 0 < len(held) < LIMITS.max_model_len
+            assert all(0 <= token < LIMITS.vocab_size for token in held)
+    assert statuses <= {400, 404, 409, 503}
