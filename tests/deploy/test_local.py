@@ -81,7 +81,7 @@ def test_a_server_that_is_never_ready_fails_with_its_log_and_is_ended() -> None:
     server = script("import time; print('loading', flush=True); time.sleep(600)").start()
     pid = server.pid
     lines(server, 1)
-    with pytest.raises(ServerFailed, match="script not ready after 0.5 s:\nloading"):
+    with pytest.raises(ServerFailed, match=r"not ready after 0\.5 s:\nloading"):
         server.wait_ready(0.5)
     assert not alive(pid)
     server.stop()
