@@ -245,7 +245,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             computed_tokens=request.num_computed_tokens,
             remaining_tokens=prompt.remaining_tokens,
             held_blocks=self._tables.held(request.request_id),
-            needed_blocks=self._tables.needed(tokens),
+            needed_blocks=self._tables.needed(tokens) + self._watermark(running),
             divisible=self._tables.can_inherit,
         )
 
@@ -259,7 +259,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         step = min(remaining, self.max_num_scheduled_tokens) + self.num_lookahead_tokens
         # vLLM admits a waiting request only if its whole sequence fits.
         tokens = request.num_computed_tokens + step if running else request.num_tokens
-        watermark = self.kv_cache_manager.watermark_blocks if self.running and not running else 0
         return View(
             request_id=request.request_id,
             full=True,
@@ -268,13 +267,19 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             computed_tokens=request.num_computed_tokens,
             remaining_tokens=remaining,
             held_blocks=self._tables.held(request.request_id),
-            needed_blocks=self._tables.needed(min(tokens, self.max_model_len)) + watermark,
+            needed_blocks=self._tables.needed(min(tokens, self.max_model_len))
+            + self._watermark(running),
             decoding=running and not request.is_prefill_chunk,
             running=running,
             pinned=request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
             or not self._request_blocks_can_be_freed(request),
             priority=request.priority,
         )
+
+    def _watermark(self, running: bool) -> int:
+        """Blocks that vLLM wants to stay free when it admits a request beside running ones."""
+        watermark: int = self.kv_cache_manager.watermark_blocks
+        return watermark if self.running and not running else 0
 
     # Make room, and show vLLM what it may schedule.
 

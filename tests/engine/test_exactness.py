@@ -23,9 +23,9 @@ WORDS = [
     "{", "}", "==", "def", "3.14", "<|im_end|>", "🙂", "a",
 ]  # fmt: skip
 
-texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=25).map(" ".join)
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=14).map(" ".join)
 gaps_s = st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.15, 0.4])
-chunked = st.lists(st.tuples(texts, gaps_s), min_size=0, max_size=6)
+chunked = st.lists(st.tuples(texts, gaps_s), min_size=0, max_size=5)
 seed_numbers = itertools.count()
 
 one_by_one = settings(
