@@ -91,7 +91,8 @@ class Server:
         parent = os.getpid()
 
         def die_with_parent() -> None:
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            # Not SIGKILL: vLLM's front end must live to end its engine and workers.
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:  # it died before the line above
                 os.kill(os.getpid(), signal.SIGKILL)
 

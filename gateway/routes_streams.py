@@ -33,14 +33,18 @@ async def create(request: web.Request) -> web.StreamResponse:
 
 async def chunks(request: web.Request) -> web.Response:
     """Take in chunks of context."""
+    started_s = time.monotonic()
     stream = _stream(request)
     body = await read_body(request, request.app[SETTINGS].max_chunk_bytes)
-    started_s = time.monotonic()
     post = read(ChunkPost, body)
     seq, tokens = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
-    request.app[METRICS].chunk_seconds.observe(time.monotonic() - started_s)
     received = stream.prompt.context_tokens
-    return _json({"id": stream.id, "seq": seq, "tokens": tokens, "tokens_received": received}, 202)
+    acknowledged = {"id": stream.id, "seq": seq, "tokens": tokens, "tokens_received": received}
+    response = _json(acknowledged, 202)
+    took_s = time.monotonic() - started_s
+    request.app[METRICS].chunk_seconds.observe(took_s)
+    response.headers["Server-Timing"] = f"chunk;dur={1000 * took_s:.3f}"
+    return response
 
 
 async def finish(request: web.Request) -> web.StreamResponse:

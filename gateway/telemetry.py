@@ -57,7 +57,7 @@ class Metrics:
         )
         self.chunk_seconds = Histogram(
             "stream2llm_chunk_acknowledgement_seconds",
-            "From a chunk's body being read to its acknowledgement",
+            "From the head of a chunk's request to its acknowledgement",
             buckets=CHUNK_BUCKETS_S,
             registry=self.registry,
         )

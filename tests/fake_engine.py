@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import uvloop
 from aiohttp import web
 
 from engine_adapter.errors import EngineError
@@ -158,6 +159,7 @@ def _json(message: Progress | EngineInfo) -> web.Response:
 
 
 if __name__ == "__main__":
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     web.run_app(
