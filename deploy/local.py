@@ -7,9 +7,7 @@ and is stopped by its process group, so that none of its descendants survives.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +25,6 @@ import psutil
 
 from deploy.model import MODEL_NAME, model_dir
 
-PR_SET_PDEATHSIG = 1
 STOP_GRACE_S = 10.0
 KILL_GRACE_S = 5.0
 LOG_TAIL_LINES = 30
@@ -45,7 +42,15 @@ def free_port() -> int:
         return port
 
 
-_libc = ctypes.CDLL(None)  # loaded here: little is safe between fork and exec
+GUARD = f"""
+read nothing
+kill -s TERM -- "-$0"
+sleep {KILL_GRACE_S:g}
+kill -s KILL -- "-$0"
+"""
+"""Shell script beside each server, whose input ends when this process does, however that comes:
+ends the server's process group. (A parent-death signal reaches one process only, and vLLM's
+engine core outlives its front end.)"""
 
 
 class Server:
@@ -75,6 +80,7 @@ class Server:
         os.close(descriptor)
         self.log_path = Path(path)
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -83,19 +89,8 @@ class Server:
         return self._process.pid
 
     def start(self) -> Self:
-        """Start the process; does not wait until it is ready. May follow a `kill` or `stop`.
-
-        It dies with the *thread* that calls this: call it where the caller lives.
-        """
+        """Start the process; does not wait until it is ready. May follow a `kill` or `stop`."""
         assert self._process is None, "started already"
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            # Not SIGKILL: vLLM's front end must live to end its engine and workers.
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before the line above
-                os.kill(os.getpid(), signal.SIGKILL)
-
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -104,8 +99,14 @@ class Server:
                 stderr=log,
                 env=os.environ | self._env,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
             )
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", GUARD, str(self.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         return self
 
     def wait_ready(
@@ -163,10 +164,13 @@ class Server:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             self._wait(left, KILL_GRACE_S)
-            self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-            self._process = None
+            for child in (self._guard, self._process):  # the guard dies before its input ends
+                if child is not None:
+                    child.kill()
+                    child.wait()
+                    assert child.stdin is not None
+                    child.stdin.close()
+            self._guard = self._process = None
 
     def _wait(self, family: Iterable[psutil.Process], timeout_s: float) -> None:
         """Wait until all have ended. A zombie has: its parent may never ask for it."""

@@ -34,10 +34,10 @@ def script(code: str) -> Server:
     return command("script", [sys.executable, "-c", code])
 
 
-def lines(server: Server, count: int) -> list[str]:
-    """The first lines of its output, once they are there."""
+def lines(log: Path, count: int) -> list[str]:
+    """The first lines of a log, once they are there."""
     deadline_s = time.monotonic() + 10
-    while len(found := server.log_path.read_text().splitlines()) < count:
+    while len(found := log.read_text().splitlines()) < count:
         assert time.monotonic() < deadline_s, "no output"
         time.sleep(0.02)
     return found[:count]
@@ -64,7 +64,7 @@ def test_serves_until_stopped_and_can_be_started_again_after_a_kill() -> None:
 
 def test_stop_ends_all_descendants_of_a_server_that_ignores_it() -> None:
     server = script(STUBBORN).start()
-    family = [server.pid, *(int(line) for line in lines(server, 2))]
+    family = [server.pid, *(int(line) for line in lines(server.log_path, 2))]
     assert all(map(alive, family))
     server.stop(grace_s=0.3)
     assert not any(map(alive, family))
@@ -80,18 +80,18 @@ def test_a_server_that_ends_while_starting_fails_with_its_log() -> None:
 def test_a_server_that_is_never_ready_fails_with_its_log_and_is_ended() -> None:
     server = script("import time; print('loading', flush=True); time.sleep(600)").start()
     pid = server.pid
-    lines(server, 1)
+    lines(server.log_path, 1)
     with pytest.raises(ServerFailed, match=r"not ready after 0\.5 s:\nloading"):
         server.wait_ready(0.5)
     assert not alive(pid)
     server.stop()
 
 
-def test_a_server_dies_with_its_parent() -> None:
+def test_a_stubborn_server_dies_with_its_parent() -> None:
     code = (
         "import sys, time\n"
         "from deploy.local import command\n"
-        "server = command('child', [sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"server = command('child', [sys.executable, '-c', {STUBBORN!r}])\n"
         "print(server.start().pid, server.log_path, flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -100,11 +100,14 @@ def test_a_server_dies_with_its_parent() -> None:
     )
     assert parent.stdout is not None
     pid, log = parent.stdout.readline().split()
-    assert alive(int(pid))
+    child, elsewhere = lines(Path(log), 2)
+    family = [int(pid), int(child)]
+    assert all(map(alive, family))
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
-    deadline_s = time.monotonic() + 5
-    while alive(int(pid)):
+    deadline_s = time.monotonic() + 20
+    while any(map(alive, family)):
         assert time.monotonic() < deadline_s, "still there"
         time.sleep(0.02)
+    os.kill(int(elsewhere), signal.SIGKILL)  # left the group: beyond the guard
     Path(log).unlink()
