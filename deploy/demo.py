@@ -20,8 +20,8 @@ from gateway.client import Client, Stream
 from retrieval.web import Page, crawl
 
 PAGES = 12
-PAGE_CHARS = 700
-DELAY_S = 1.2
+PAGE_CHARS = 500
+DELAY_S = 1.3
 """Between two requests to the site, as a polite crawler waits."""
 ANSWER_TOKENS = 40
 SEED = "asyncio.html"
@@ -62,10 +62,11 @@ def start(running: ExitStack) -> tuple[str, str]:
     docs = running.enter_context(Server("pydoc", command, port=port, ready_path="/"))
     front = running.enter_context(gateway([llm.url]))
     say(f"starting vLLM with {MODEL_NAME} on this CPU (about a minute) ...")
-    llm.start()
-    docs.start().wait_ready(30)
+    for server in (llm, docs, front):
+        server.start()
     llm.wait_ready(180, waiting=_dots())
-    front.start().wait_ready(60)
+    docs.wait_ready(30)
+    front.wait_ready(60)
     _ready(front)
     say(f"\nengine {llm.url}, gateway {front.url}, site {docs.url}  "
         f"[{time.monotonic() - begun_s:.0f} s]\n")  # fmt: skip
