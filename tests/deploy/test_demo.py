@@ -45,7 +45,7 @@ def start(mark: str) -> subprocess.Popen[str]:
 
 def test_the_demo_ends_with_its_result_and_leaves_no_process(model_dir: Path) -> None:
     demo = start("whole")
-    output, _ = demo.communicate(timeout=280)
+    output, _ = demo.communicate(timeout=360)
     assert demo.returncode == 0, output
     last = output.splitlines()[-1]
     assert re.fullmatch(r"TTFT streamed \d+\.\d\d s, sent whole \d+\.\d\d s: \d+\.\dx", last)

@@ -7,6 +7,7 @@ import itertools
 import random
 
 import httpx
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +63,7 @@ async def streamed_answer(client: Client, question: str, chunks: list[tuple[str,
         return "".join([piece async for piece in stream.answer()])
 
 
+@pytest.mark.timeout(2400)
 @one_by_one
 @given(question=texts, chunks=chunked)
 async def test_any_chunking_and_timing_gives_the_answer_of_the_whole(
@@ -113,6 +115,7 @@ async def test_chunks_that_arrive_while_a_prefill_is_in_flight(
     assert answer == (await sent_whole(http, engine_server, tokens, 8))[0]
 
 
+@pytest.mark.timeout(900)
 @settings(one_by_one, max_examples=40)
 @given(data=st.data())
 async def test_histories_of_appends_and_updates(
