@@ -39,6 +39,8 @@ class View:
     """Its blocks can't be taken (a transfer writes to them)."""
     priority: int = 0
     """The engine's own request priority: lower goes first."""
+    step_tokens: int = 1
+    """Tokens that the engine computes in one full step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,13 @@ def plan(
     free_blocks: int,
     slots: int,
     freeable_blocks: Callable[[View], int] = lambda view: view.held_blocks,
+    may_take: Callable[[View, View], bool] = lambda taker, victim: taker.full,
 ) -> Plan:
     """Walk the requests in the order of the policy and grant while the step has room.
 
-    A full request may take blocks from requests behind it, from the back of the order on;
-    the walk stops at a full request that does not fit even so, so that nobody overtakes it.
-    A partial request computes ahead of its need: it uses free memory only and never costs
-    another request what that one has computed.
+    A request may take blocks from requests behind it, from the back of the order on, as far
+    as the policy allows. The walk stops at a full request that does not fit even so, so that
+    nobody overtakes it; a partial one, which computes ahead of its need, is passed over.
 
     Args:
         order: all unfinished requests, the most urgent first.
@@ -80,36 +82,44 @@ def plan(
         slots: requests the running batch can have.
         freeable_blocks: blocks that taking everything from a request would give back; fewer
             than it holds where it shares some. Asked only of victims.
+        may_take: whether the first request may be given blocks of the second.
     """
     grants: dict[str, int] = {}
-    evictions: list[Eviction] = []
+    evictions: dict[str, Eviction] = {}
     slots -= sum(view.running for view in order)
-    behind = len(order)  # those from here on have been asked for their blocks
+    behind = len(order)  # those from here on have nothing left to take
     for place, view in enumerate(order):
         if budget_tokens <= 0:
             break
-        if place >= behind:  # everybody from here on has just lost its blocks
-            break
+        if view.request_id in evictions:  # has just lost its blocks
+            continue
         grant = min(view.remaining_tokens, budget_tokens)
         if grant <= 0 or (slots <= 0 and not view.running):
             continue
         missing = view.needed_blocks - view.held_blocks
-        while view.full and missing > free_blocks and behind - 1 > place:
-            behind -= 1
-            victim = order[behind]
+        found: list[Eviction] = []
+        asked = behind
+        while missing > free_blocks and asked - 1 > place:
+            asked -= 1
+            victim = order[asked]
+            if victim.request_id in evictions or not may_take(view, victim):
+                continue
             freed = 0 if victim.pinned or not victim.held_blocks else freeable_blocks(victim)
             if freed <= 0:
                 continue
             taken = min(freed, missing - free_blocks) if victim.divisible else freed
             keep = victim.held_blocks - taken if victim.divisible else 0
-            evictions.append(Eviction(victim.request_id, keep))
-            free_blocks += taken
-        if missing > free_blocks:
-            if view.full:
-                break
+            found.append(Eviction(victim.request_id, keep))
+            missing -= taken
+        if missing > free_blocks and not view.full:
             continue
+        evictions.update((eviction.request_id, eviction) for eviction in found)
+        if view.full:  # it has asked everybody behind it
+            behind = asked
+        if missing > free_blocks:
+            break
         grants[view.request_id] = grant
         budget_tokens -= grant
-        free_blocks -= max(missing, 0)
+        free_blocks -= missing if missing > 0 or found else 0
         slots -= not view.running
-    return Plan(grants, tuple(evictions))
+    return Plan(grants, tuple(evictions.values()))

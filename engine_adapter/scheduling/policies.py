@@ -1,27 +1,115 @@
-"""Orders of unfinished requests. A policy is one key function; lower goes first."""
+"""Orders of unfinished requests.
+
+A policy ranks requests; lower goes first. Most also put classes before the rank. The policies
+named after those of Stream2LLM (arXiv 2604.16395) order exactly as defined there.
+
+| policy    | classes                        | rank within a class                           |
+|-----------|--------------------------------|-----------------------------------------------|
+| `default` | none                           | who holds KV, then by arrival (vLLM's FCFS)   |
+| `fcfs`    | full, partial, idle            | by arrival                                    |
+| `lcas`    | full, partial, idle            | by the arrival of the newest input            |
+| `mcps`    | all but idle, idle             | most computed tokens first, then by arrival   |
+| `srpf`    | answering, full, partial, idle | full: shortest remaining prefill, with ageing |
+|           |                                | partial: by arrival                           |
+
+*idle* is a partial request with nothing to compute.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from engine_adapter.scheduling.plan import View
 
 Key = Callable[[View], Any]
 
+AGEING_STEPS_PER_S = 1.0
+"""`srpf`: by how many full steps of prefill a second of waiting outweighs a shorter rival."""
 
-def fcfs(view: View) -> tuple[object, ...]:
-    """First come, first served, in classes.
 
-    Running answers first (one token each: a long prefill never stalls them), then full
-    requests, then partial ones, those with nothing to compute last; by arrival in each.
-    After the policy of the same name in Stream2LLM (arXiv 2604.16395), which has no class
-    of its own for running answers.
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """An order, and whether a partial request may take memory for it."""
+
+    name: str
+    classes: Key
+    rank: Key
+    partial_takes: bool
+    """A partial request may take KV from partial ones with a higher rank. Not from everybody
+    behind it, as in the paper: an idle prompt is behind all others, and two that do not fit
+    together would take each other's KV in turn for ever; so would a partial and a full one
+    by `mcps`."""
+
+    def key(self, view: View) -> tuple[Any, Any]:
+        """Sort key: classes first."""
+        return self.classes(view), self.rank(view)
+
+    def may_take(self, taker: View, victim: View) -> bool:
+        """Whether `taker` may be given blocks of `victim`, which is behind it in the order."""
+        if taker.full:
+            return True
+        return self.partial_takes and not victim.full and self.rank(victim) > self.rank(taker)
+
+
+def _idle(view: View) -> bool:
+    return not view.full and view.remaining_tokens == 0
+
+
+def _arrival(view: View) -> tuple[int, float]:
+    return view.priority, view.arrival_s
+
+
+def _input_classes(view: View) -> tuple[bool, bool]:
+    return not view.full, _idle(view)
+
+
+def _last_input(view: View) -> tuple[int, float]:
+    return view.priority, view.last_input_s
+
+
+def _most_computed(view: View) -> tuple[int, int, float]:
+    return view.priority, -view.computed_tokens, view.arrival_s
+
+
+def _shortest_aged(view: View) -> tuple[int, float]:
+    """Linear ageing needs no clock: all wait at the same pace, so only the beginnings count."""
+    if not view.full:
+        return view.priority, view.arrival_s
+    steps = view.remaining_tokens / view.step_tokens
+    return view.priority, steps + AGEING_STEPS_PER_S * view.last_input_s
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        policy.name: policy
+        for policy in (
+            Policy("default", lambda v: (), lambda v: (not v.held_blocks, *_arrival(v)), True),
+            Policy("fcfs", _input_classes, _arrival, True),
+            Policy("lcas", _input_classes, _last_input, True),
+            Policy("mcps", _idle, _most_computed, True),
+            Policy("srpf", lambda v: (not v.decoding, *_input_classes(v)), _shortest_aged, False),
+        )
+    }
+)
+
+DEFAULT_POLICY = "srpf"
+
+
+def named(name: str) -> Policy:
+    """The policy of a name.
+
+    Raises:
+        ValueError: there is none; says which there are.
     """
-    idle = view.remaining_tokens == 0
-    return (not view.decoding, not view.full, idle, view.priority, view.arrival_s)
+    try:
+        return POLICIES[name]
+    except KeyError:
+        raise ValueError(f"no policy {name!r}; there are {', '.join(POLICIES)}") from None
 
 
-def order(views: Iterable[View], key: Key = fcfs) -> list[View]:
+def order(views: Iterable[View], policy: Policy) -> list[View]:
     """The views, the most urgent first; ties keep the order they came in."""
-    return sorted(views, key=key)
+    return sorted(views, key=policy.key)

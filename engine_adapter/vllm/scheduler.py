@@ -31,6 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from engine_adapter.scheduling import policies
 from engine_adapter.scheduling.plan import Plan, View, plan
+from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.vllm.kv import BlockTables
 
 if TYPE_CHECKING:
@@ -73,6 +74,13 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return differs
 
 
+def _settings(config: Any) -> dict[str, str]:
+    """What vLLM's `--additional-config` has for this plug-in, under `stream2llm`."""
+    given = config.additional_config
+    settings: dict[str, str] = given.get("stream2llm", {}) if isinstance(given, dict) else {}
+    return settings
+
+
 class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's asynchronous scheduler with open prompts."""
 
@@ -86,6 +94,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._replan = False
         self._preemptions = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
+        self._last_input_s: dict[str, float] = {}  # of the answers to open prompts
+        self._clock: Callable[[], float] = time.time
+        self.policy = policies.named(_settings(self.vllm_config).get("policy", DEFAULT_POLICY))
 
     # Operations. Called between steps, on the thread of the engine's loop.
 
@@ -93,7 +104,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self, prompt_id: str, tokens: list[int], cache_salt: str | None, hasher: BlockHasher | None
     ) -> dict[str, int | str]:
         """Begin a prompt; the caller has checked that the id is free."""
-        now = time.time()
+        now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
         self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
         self._replan = True
@@ -107,7 +118,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         prompt = self._prompts[prompt_id]
         before = prompt.request.num_computed_tokens
         self._renew(prompt, prompt.request.prompt_token_ids[:keep] + tokens, keep)
-        prompt.last_input_s = time.time()
+        prompt.last_input_s = self._clock()
         self._replan = True
         given_back = max(before - prompt.request.num_computed_tokens, 0)
         return self.status(prompt_id) | {"invalidated": given_back}
@@ -154,6 +165,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             self._withdraw(prompt)
             self._inherit(prompt.request, request, request.num_tokens)
             request.arrival_time = prompt.opened_s
+            self._last_input_s[request.request_id] = self._clock()
             if request.num_computed_tokens and request.prefill_stats is not None:
                 request.prefill_stats.set(
                     num_prompt_tokens=request.num_prompt_tokens,
@@ -161,6 +173,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_external_cached_tokens=0,
                 )
         super().add_request(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._last_input_s.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
 
     def has_requests(self) -> bool:
         """Also true when an operation has given an open prompt something to compute."""
@@ -218,11 +234,12 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _decide(self) -> Plan:
         config = self.scheduler_config
         return plan(
-            policies.order(self._views()),
+            policies.order(self._views(), self.policy),
             budget_tokens=min(self.max_num_scheduled_tokens, config.max_num_batched_tokens),
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             slots=self.max_num_active_reqs,
             freeable_blocks=lambda view: self._tables.exclusive(view.request_id),
+            may_take=self.policy.may_take,
         )
 
     def _views(self) -> Iterator[View]:
@@ -247,6 +264,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             held_blocks=self._tables.held(request.request_id),
             needed_blocks=self._tables.needed(tokens) + self._watermark(running),
             divisible=self._tables.can_inherit,
+            step_tokens=self.max_num_scheduled_tokens,
         )
 
     def _view_of_request(self, request: Request) -> View:
@@ -263,7 +281,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             request_id=request.request_id,
             full=True,
             arrival_s=request.arrival_time,
-            last_input_s=request.arrival_time,
+            last_input_s=self._last_input_s.get(request.request_id, request.arrival_time),
             computed_tokens=request.num_computed_tokens,
             remaining_tokens=remaining,
             held_blocks=self._tables.held(request.request_id),
@@ -274,6 +292,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             pinned=request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
             or not self._request_blocks_can_be_freed(request),
             priority=request.priority,
+            step_tokens=self.max_num_scheduled_tokens,
         )
 
     def _watermark(self, running: bool) -> int:

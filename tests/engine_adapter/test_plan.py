@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,12 +71,78 @@ def test_answers_first_then_full_then_partial_then_idle() -> None:
     views = [
         view("idle", full=False, remaining_tokens=0, arrival_s=0),
         view("partial", full=False, arrival_s=1),
-        view("late", arrival_s=3),
-        view("early", arrival_s=2),
+        view("late", last_input_s=3),
+        view("early", last_input_s=2),
         view("answering", decoding=True, arrival_s=9),
     ]
-    names = [v.request_id for v in policies.order(views)]
+    names = [v.request_id for v in policies.order(views, policies.named("srpf"))]
     assert names == ["answering", "early", "late", "partial", "idle"]
+
+
+BOTH_KINDS = (
+    view("full late", arrival_s=5, last_input_s=6, computed_tokens=1, held_blocks=1),
+    view("full early", arrival_s=1, last_input_s=9, computed_tokens=3, remaining_tokens=90),
+    view("part late", full=False, arrival_s=4, last_input_s=4, computed_tokens=9, held_blocks=2),
+    view("part early", full=False, arrival_s=2, last_input_s=8, computed_tokens=2),
+    view("idle", full=False, arrival_s=4.5, computed_tokens=50, held_blocks=1, remaining_tokens=0),
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("default", ["part late", "idle", "full late", "full early", "part early"]),
+        ("fcfs", ["full early", "full late", "part early", "part late", "idle"]),
+        ("lcas", ["full late", "full early", "part late", "part early", "idle"]),
+        ("mcps", ["part late", "full early", "part early", "full late", "idle"]),
+        ("srpf", ["full late", "full early", "part early", "part late", "idle"]),
+    ],
+)
+def test_the_order_of_each_policy(policy: str, expected: list[str]) -> None:
+    ordered = policies.order(BOTH_KINDS, policies.named(policy))
+    assert [v.request_id for v in ordered] == expected
+
+
+def test_the_shortest_prefill_goes_first_until_a_longer_one_has_waited() -> None:
+    long = view("long", remaining_tokens=300, last_input_s=0.0, step_tokens=100)
+
+    def first_of(rival_since_s: float) -> str:
+        short = view("short", remaining_tokens=100, last_input_s=rival_since_s, step_tokens=100)
+        return policies.order([long, short], policies.named("srpf"))[0].request_id
+
+    assert first_of(0.0) == "short"
+    assert first_of(1.9) == "short"
+    assert first_of(2.1) == "long"
+
+
+def test_an_unknown_policy_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"no policy 'x'; there are default, fcfs"):
+        policies.named("x")
+
+
+def test_a_partial_request_takes_only_from_partial_ones_of_a_higher_rank() -> None:
+    fcfs = policies.named("fcfs")
+    taker = view("t", full=False, arrival_s=1, needed_blocks=4)
+    earlier = view("e", full=False, arrival_s=0, held_blocks=9, remaining_tokens=0)
+    later = view("l", full=False, arrival_s=2, held_blocks=9, remaining_tokens=0)
+    full = view("f", arrival_s=3, held_blocks=9, remaining_tokens=0)
+
+    def victims(*others: View) -> list[str]:
+        ordered = policies.order([taker, *others], fcfs)
+        result = plan(ordered, budget_tokens=9, free_blocks=0, slots=9, may_take=fcfs.may_take)
+        return [e.request_id for e in result.evictions]
+
+    assert victims(earlier, full) == []
+    assert victims(earlier, later) == ["l"]
+
+
+def test_nobody_loses_blocks_to_a_partial_request_that_does_not_fit_even_so() -> None:
+    taker = view("t", full=False, needed_blocks=40)
+    victim = view("v", full=False, arrival_s=1, held_blocks=9, remaining_tokens=0)
+    order = [taker, victim]
+    may_take = policies.named("fcfs").may_take
+    result = plan(order, budget_tokens=9, free_blocks=0, slots=9, may_take=may_take)
+    assert result == Plan({}, ())
 
 
 sizes = st.integers(0, 12)
@@ -101,12 +168,20 @@ any_view = st.builds(
     budget=st.integers(0, 60),
     free=st.integers(0, 30),
     slots=st.integers(0, 12),
+    policy=st.sampled_from(sorted(policies.POLICIES)),
 )
 def test_a_plan_never_spends_what_the_step_does_not_have(
-    views: list[View], budget: int, free: int, slots: int
+    views: list[View], budget: int, free: int, slots: int, policy: str
 ) -> None:
-    ordered = policies.order(views)
-    result = plan(ordered, budget_tokens=budget, free_blocks=free, slots=slots)
+    chosen = policies.named(policy)
+    ordered = policies.order(views, chosen)
+    result = plan(
+        ordered,
+        budget_tokens=budget,
+        free_blocks=free,
+        slots=slots,
+        may_take=chosen.may_take,
+    )
     by_id = {v.request_id: v for v in views}
     assert sum(result.grants.values()) <= budget
     evicted = {e.request_id for e in result.evictions}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
+from engine_adapter.scheduling.policies import POLICIES
 from tests.engine_adapter.harness import MAX_MODEL_LEN, Engine, expected_answer
 
 SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // 4 + 8
@@ -23,6 +24,7 @@ class History:
     def __init__(self, model: Path, seed: int, blocks: int) -> None:
         self.random = random.Random(seed)
         self.engine = Engine(model, blocks, step_tokens=self.random.choice([5, 16, 40]))
+        self.switch_policy()
         self.open: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
         self.documents = [self.text(self.random.randint(1, 30)) for _ in range(4)]
@@ -44,10 +46,13 @@ class History:
         actions = [self.do_step] * 4 + [self.do_open, self.do_plain]
         if self.open:
             actions += [self.do_extend] * 4 + [self.do_update] * 2 + [self.do_finish] * 2
-            actions += [self.do_close]
+            actions += [self.do_close, self.switch_policy]
         if self.expected:
             actions += [self.do_abort]
         self.random.choice(actions)()
+
+    def switch_policy(self) -> None:
+        self.engine.scheduler.policy = self.random.choice(list(POLICIES.values()))
 
     def do_step(self) -> None:
         self.engine.step()
@@ -108,13 +113,9 @@ class History:
         self.engine.drain()
 
 
-@pytest.mark.parametrize("blocks", [SMALL_POOL_BLOCKS, 400], ids=["small pool", "large pool"])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), actions=st.integers(5, 80))
-def test_every_history_is_answered_exactly_and_leaves_no_block(
-    model_dir: Path, blocks: int, seed: int, actions: int
-) -> None:
-    history = History(model_dir, seed, blocks)
+def answered_exactly(model: Path, blocks: int, seed: int, actions: int) -> None:
+    """Run a history; every answer must be right and no block lost."""
+    history = History(model, seed, blocks)
     for _ in range(actions):
         history.act()
     history.end()
@@ -122,6 +123,30 @@ def test_every_history_is_answered_exactly_and_leaves_no_block(
     assert answers == history.expected
     assert history.engine.free_blocks == history.engine.idle_blocks
     history.engine.scheduler.check_blocks()
+
+
+histories = given(seed=st.integers(0, 2**32), actions=st.integers(5, 80))
+pools = pytest.mark.parametrize(
+    "blocks", [SMALL_POOL_BLOCKS, 400], ids=["small pool", "large pool"]
+)
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pools
+@settings(patient, max_examples=100)
+@histories
+def test_every_history_is_answered_exactly_and_leaves_no_block(
+    model_dir: Path, blocks: int, seed: int, actions: int
+) -> None:
+    answered_exactly(model_dir, blocks, seed, actions)
+
+
+@pytest.mark.engine  # not for its needs, for its time
+@pools
+@settings(patient, max_examples=1000)
+@histories
+def test_two_thousand_histories(model_dir: Path, blocks: int, seed: int, actions: int) -> None:
+    answered_exactly(model_dir, blocks, seed, actions)
 
 
 def test_idle_prompts_give_way_to_an_ordinary_request(model_dir: Path) -> None:
