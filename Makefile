@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup model demo test check bench-gateway clean
+.PHONY: help setup model demo test check bench-gateway bench-sim clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ check: $(READY) ## lint, types and the fast tests
 
 bench-gateway: model ## what the gateway itself costs per chunk, with 200 open streams
 	@$(BIN)/python -m loadtest.bench_gateway
+
+bench-sim: $(READY) ## the policies on the simulated engine, beside the published figures
+	@$(BIN)/python -m loadtest.bench_sim
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

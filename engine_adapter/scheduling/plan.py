@@ -66,6 +66,7 @@ def plan(
     budget_tokens: int,
     free_blocks: int,
     slots: int,
+    speculative_tokens: int | None = None,
     freeable_blocks: Callable[[View], int] = lambda view: view.held_blocks,
     may_take: Callable[[View, View], bool] = lambda taker, victim: taker.full,
 ) -> Plan:
@@ -80,6 +81,7 @@ def plan(
         budget_tokens: tokens the step can compute.
         free_blocks: KV blocks nobody holds.
         slots: requests the running batch can have.
+        speculative_tokens: how many of them partial requests may have; None for all.
         freeable_blocks: blocks that taking everything from a request would give back; fewer
             than it holds where it shares some. Asked only of victims.
         may_take: whether the first request may be given blocks of the second.
@@ -87,6 +89,7 @@ def plan(
     grants: dict[str, int] = {}
     evictions: dict[str, Eviction] = {}
     slots -= sum(view.running for view in order)
+    speculative = budget_tokens if speculative_tokens is None else speculative_tokens
     behind = len(order)  # those from here on have nothing left to take
     for place, view in enumerate(order):
         if budget_tokens <= 0:
@@ -94,6 +97,8 @@ def plan(
         if view.request_id in evictions:  # has just lost its blocks
             continue
         grant = min(view.remaining_tokens, budget_tokens)
+        if not view.full:
+            grant = min(grant, speculative)
         if grant <= 0 or (slots <= 0 and not view.running):
             continue
         missing = view.needed_blocks - view.held_blocks
@@ -120,6 +125,7 @@ def plan(
             break
         grants[view.request_id] = grant
         budget_tokens -= grant
+        speculative -= 0 if view.full else grant
         free_blocks -= missing if missing > 0 or found else 0
         slots -= not view.running
     return Plan(grants, tuple(evictions.values()))

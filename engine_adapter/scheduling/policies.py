@@ -42,6 +42,9 @@ class Policy:
     behind it, as in the paper: an idle prompt is behind all others, and two that do not fit
     together would take each other's KV in turn for ever; so would a partial and a full one
     by `mcps`."""
+    speculative_share: float = 1.0
+    """How much of a step partial requests may fill. A request whose input closes while a step
+    is under way waits for its end, so short steps are what its TTFT is made of."""
 
     def key(self, view: View) -> tuple[Any, Any]:
         """Sort key: classes first."""

@@ -113,15 +113,19 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def extend_prompt(self, prompt_id: str, keep: int, tokens: list[int]) -> dict[str, int | str]:
         """Keep the first tokens of a prompt and put others behind them.
 
-        Answers the status, with `invalidated`: computed tokens that were given back.
+        Answers the status, with `invalidated`: computed tokens that were given back, and
+        `freed_blocks`: how many more KV blocks nobody holds now.
         """
         prompt = self._prompts[prompt_id]
         before = prompt.request.num_computed_tokens
+        pool = self.kv_cache_manager.block_pool
+        free_before = pool.get_num_free_blocks()
         self._renew(prompt, prompt.request.prompt_token_ids[:keep] + tokens, keep)
         prompt.last_input_s = self._clock()
         self._replan = True
         given_back = max(before - prompt.request.num_computed_tokens, 0)
-        return self.status(prompt_id) | {"invalidated": given_back}
+        freed = max(pool.get_num_free_blocks() - free_before, 0)
+        return self.status(prompt_id) | {"invalidated": given_back, "freed_blocks": freed}
 
     def close_prompt(self, prompt_id: str) -> None:
         """Forget a prompt and free its blocks; an unknown one is no error."""
@@ -142,8 +146,17 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "computed": request.num_computed_tokens,
         }
 
-    def load(self) -> dict[str, int]:
-        """How busy the engine is, in requests and KV blocks."""
+    def set_policy(self, policy: str) -> None:
+        """Order by another policy from the next step on.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        self.policy = policies.named(policy)
+        self._replan = True
+
+    def load(self) -> dict[str, int | str]:
+        """The policy, and how busy the engine is, in requests and KV blocks."""
         running, waiting = self.get_request_counts()
         pool = self.kv_cache_manager.block_pool
         return {
@@ -153,6 +166,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "waiting": waiting,
             "open_prompts": len(self._prompts),
             "preemptions": self._preemptions,
+            "policy": self.policy.name,
         }
 
     # What vLLM calls.
@@ -233,9 +247,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _decide(self) -> Plan:
         config = self.scheduler_config
+        budget = min(self.max_num_scheduled_tokens, config.max_num_batched_tokens)
         return plan(
             policies.order(self._views(), self.policy),
-            budget_tokens=min(self.max_num_scheduled_tokens, config.max_num_batched_tokens),
+            budget_tokens=budget,
+            speculative_tokens=max(int(budget * self.policy.speculative_share), 1),
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             slots=self.max_num_active_reqs,
             freeable_blocks=lambda view: self._tables.exclusive(view.request_id),

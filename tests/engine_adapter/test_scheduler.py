@@ -184,8 +184,21 @@ def test_an_idle_prompt_is_computed_again_when_memory_comes_back(model_dir: Path
     assert engine.scheduler.status("p") == {"state": "idle", "length": 81, "computed": 80}
 
 
+def test_invalidation_gives_back_whole_blocks_and_the_prompt_goes_on(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100)
+    engine.scheduler.open_prompt("p", [5] * 41, None, engine.hasher)
+    engine.drain()
+    answer = engine.scheduler.extend_prompt("p", 10, [])
+    assert (answer["length"], answer["computed"], answer["freed_blocks"]) == (10, 8, 8)
+    engine.request("answer", [5] * 10 + [6] * 9, 3, "p")
+    engine.drain()
+    assert engine.answers["answer"] == expected_answer([5] * 10 + [6] * 9, 3)
+    assert engine.free_blocks == engine.idle_blocks
+
+
 def test_a_partial_prompt_never_takes_what_another_has_computed(model_dir: Path) -> None:
     engine = Engine(model_dir, SMALL_POOL_BLOCKS)
+    engine.scheduler.set_policy("srpf")
     engine.scheduler.open_prompt("first", [5] * 81, None, engine.hasher)
     engine.drain()
     engine.scheduler.open_prompt("second", [6] * 81, None, engine.hasher)
@@ -201,7 +214,13 @@ def test_an_update_keeps_whole_blocks_below_the_change(model_dir: Path) -> None:
     engine.scheduler.open_prompt("p", tokens, None, engine.hasher)
     engine.drain()
     answer = engine.scheduler.extend_prompt("p", 22, [49] * 10)
-    assert answer == {"state": "waiting", "length": 32, "computed": 20, "invalidated": 20}
+    assert answer == {
+        "state": "waiting",
+        "length": 32,
+        "computed": 20,
+        "invalidated": 20,
+        "freed_blocks": 5,
+    }
 
 
 def test_documents_that_come_back_are_found_in_the_prefix_cache(model_dir: Path) -> None:

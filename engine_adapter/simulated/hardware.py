@@ -1,0 +1,93 @@
+"""How long a step takes: first principles, for engines nobody has measured yet.
+
+A step computes `count` new tokens behind `start` cached ones for each of its requests. Its time
+is the larger of arithmetic over the rate reached and of bytes over the bandwidth, plus what a
+step costs whatever is in it. Attention is causal: a token looks at all before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a transformer with grouped-query attention costs."""
+
+    name: str
+    parameters: float
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    bytes_per_value: int = 2
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_size * self.bytes_per_value
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.parameters * self.bytes_per_value
+
+    def flops(self, start: int, count: int) -> float:
+        """Arithmetic of `count` tokens behind `start` others."""
+        attended = count * start + count * (count + 1) / 2
+        attention = 4.0 * self.layers * self.heads * self.head_size * attended
+        return 2.0 * self.parameters * count + attention
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Accelerators that hold one copy of a model together (tensor parallel)."""
+
+    name: str
+    accelerators: int
+    flops_per_s: float
+    """Peak of one accelerator, dense, in the model's number format."""
+    bytes_per_s: float
+    """Peak memory bandwidth of one accelerator."""
+    memory_bytes: float
+    """Of one accelerator."""
+    efficiency: float
+    """Share of the peak that prefill reaches, communication between accelerators included."""
+    step_overhead_s: float
+    """What a step costs besides: launches, sampling, the engine's own loop."""
+    memory_utilization: float = 0.8
+    activation_bytes: float = 4.0 * GIB
+    """Taken from each accelerator's memory besides weights and KV."""
+
+    def step_s(self, model: Model, work: Iterable[tuple[int, int]]) -> float:
+        """Seconds of one step.
+
+        Args:
+            work: (cached tokens, new tokens) of each request in it.
+        """
+        flops, read = 0.0, model.weight_bytes
+        for start, count in work:
+            flops += model.flops(start, count)
+            read += model.kv_bytes_per_token * start
+        compute_s = flops / (self.accelerators * self.flops_per_s * self.efficiency)
+        memory_s = read / (self.accelerators * self.bytes_per_s)
+        return self.step_overhead_s + max(compute_s, memory_s)
+
+    def kv_tokens(self, model: Model) -> int:
+        """Tokens whose KV fits beside the weights."""
+        usable = self.accelerators * (
+            self.memory_bytes * self.memory_utilization - self.activation_bytes
+        )
+        return int((usable - model.weight_bytes) / model.kv_bytes_per_token)
+
+
+LLAMA_3_1_8B = Model("Llama-3.1-8B", 8.03e9, layers=32, heads=32, kv_heads=8, head_size=128)
+
+EFFICIENCY = 0.45
+STEP_OVERHEAD_S = 0.008
+"""Both estimates, the same for all hardware and rows; peaks are the vendor's data sheets'."""
+
+H100X2 = Hardware("2x H100 SXM", 2, 989e12, 3.35e12, 80e9, EFFICIENCY, STEP_OVERHEAD_S)
+H200X2 = Hardware("2x H200 SXM", 2, 989e12, 4.8e12, 141e9, EFFICIENCY, STEP_OVERHEAD_S)
