@@ -332,17 +332,20 @@ def _timed(model: _Model, queries: int, rng: np.random.Generator) -> tuple[list[
 def _retrieval_s(model: _Model, spans_s: Floats, rng: np.random.Generator) -> Floats:
     """Deals retrieval times to queries whose first and last chunk are `spans_s` apart.
 
-    Each query asks for its span plus a lognormal time to the first chunk and gets the nearest
-    retrieval time left that its span fits in. The longest spans choose first: whatever fits them
-    fits all later ones, so none runs short while an order without conflict exists. A span that fits
-    nowhere (possible in short traces) lengthens the retrieval time that it gets.
+    Each query asks for its span plus a lognormal time to the first chunk; the retrieval times go to
+    the asked ones in order of size. Where a span does not fit, the query takes the nearest time
+    left in which it does. The longest spans choose first: what fits them fits all later ones, so
+    none runs short while a solution exists. A span that fits nowhere (possible in short traces)
+    lengthens the retrieval time that it gets.
     """
     left = np.sort(_drawn(model.retrieval_s, rng.standard_normal(spans_s.size), rng)).tolist()
     first_s = model.first_median_s * rng.lognormal(sigma=model.first_sigma, size=spans_s.size)
+    wanted = np.empty(spans_s.size)
+    wanted[np.argsort(spans_s + first_s, kind="stable")] = left
     dealt = np.empty(spans_s.size)
     for i in np.argsort(-spans_s, kind="stable"):
         least_s = spans_s[i] + MIN_FIRST_S
-        time_s = left.pop(_nearest(left, least_s, spans_s[i] + first_s[i]))
+        time_s = left.pop(_nearest(left, least_s, wanted[i]))
         dealt[i] = max(time_s, least_s)
     return dealt
 
