@@ -149,7 +149,8 @@ def run(case: Case) -> Row:
     make = workload.crawl if case.workload == "crawl" else workload.ann
     trace = make(case.queries, case.qps, case.seed, case.delay_factor)
     begun_s = time.perf_counter()
-    asked_s, ttft_s = {}, {}
+    asked_s: dict[str, float] = {}
+    ttft_s: dict[str, float] = {}
     oracle_s: dict[str, float] = {}
     states = {q.query_id: contexts(q) for q in trace}
     events = sorted(
@@ -197,7 +198,7 @@ def run(case: Case) -> Row:
         completion_s=engine.now_s,
         computed_tokens=engine.counters.computed_tokens,
         invalidated_tokens=engine.counters.invalidated_tokens,
-        preemptions=engine.scheduler.load()["preemptions"],
+        preemptions=int(engine.scheduler.load()["preemptions"]),
         steps=engine.counters.steps,
         host_s=time.perf_counter() - begun_s,
     )

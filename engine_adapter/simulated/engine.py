@@ -20,7 +20,6 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -158,7 +157,7 @@ def _scheduler(model: Model, blocks: int, step_tokens: int, max_requests: int) -
     spec = FullAttentionSpec(
         block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.bfloat16
     )
-    scheduler: Scheduler = StreamScheduler(
+    return StreamScheduler(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
             num_blocks=blocks,
@@ -170,7 +169,6 @@ def _scheduler(model: Model, blocks: int, step_tokens: int, max_requests: int) -
         hash_block_size=BLOCK_TOKENS,
         log_stats=False,
     )
-    return scheduler
 
 
 def _shape(model: Model) -> dict[str, Any]:
