@@ -17,6 +17,7 @@ from engine_adapter.messages import (
     Event,
     Extend,
     Finish,
+    Invalidate,
     Message,
     Open,
     Progress,
@@ -61,6 +62,10 @@ class EngineClient:
     async def extend(self, prompt_id: str, op: Extend) -> Progress:
         """Apply the next version."""
         return await self._ask(Progress, "POST", f"/prompts/{prompt_id}/extend", op)
+
+    async def invalidate(self, prompt_id: str, op: Invalidate) -> Progress:
+        """Cut the prompt and give back the KV behind the cut."""
+        return await self._ask(Progress, "POST", f"/prompts/{prompt_id}/invalidate", op)
 
     async def status(self, prompt_id: str) -> Progress:
         """Where a prompt stands; renews its lease."""

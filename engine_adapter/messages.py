@@ -6,12 +6,13 @@ malformed body is found at the edge and never inside an engine.
 
 An engine serves them over HTTP under `PREFIX`:
 
-    GET     /stream2llm/info                          -> EngineInfo
-    POST    /stream2llm/prompts/{prompt_id}           Open       -> Progress
-    POST    /stream2llm/prompts/{prompt_id}/extend    Extend     -> Progress
-    POST    /stream2llm/prompts/{prompt_id}/finish    Finish     -> lines of Event
-    GET     /stream2llm/prompts/{prompt_id}           -> Progress
-    DELETE  /stream2llm/prompts/{prompt_id}           -> Progress, the last one
+    GET     /stream2llm/info                                -> EngineInfo
+    POST    /stream2llm/prompts/{prompt_id}                 Open       -> Progress
+    POST    /stream2llm/prompts/{prompt_id}/extend          Extend     -> Progress
+    POST    /stream2llm/prompts/{prompt_id}/invalidate      Invalidate -> Progress
+    POST    /stream2llm/prompts/{prompt_id}/finish          Finish     -> lines of Event
+    GET     /stream2llm/prompts/{prompt_id}                 -> Progress
+    DELETE  /stream2llm/prompts/{prompt_id}                 -> Progress, the last one
 
 Versions: `open` is version 0 and every later operation of a prompt carries the next
 number. An operation that repeats the newest version is answered with its first answer
@@ -58,6 +59,16 @@ class Extend(Message, frozen=True):
     version: int
     keep: int
     tokens: list[int]
+
+
+class Invalidate(Message, frozen=True):
+    """Keep the first `keep` tokens, at least one, and give back the KV of those behind.
+
+    The prompt ends there until the next operation; an `Extend` with no tokens does the same.
+    """
+
+    version: int
+    keep: int
 
 
 class Sampling(Message, frozen=True):
@@ -107,6 +118,8 @@ class Progress(Message, frozen=True):
     """Tokens of the earlier version that this operation left in place."""
     invalidated: int = 0
     """Tokens whose computed KV this operation gave back."""
+    freed_blocks: int = 0
+    """KV blocks this operation gave back; 0 also from an engine that does not count them."""
 
 
 class TokenLogprob(Message, frozen=True):

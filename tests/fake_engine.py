@@ -23,6 +23,7 @@ from engine_adapter.messages import (
     EngineInfo,
     Extend,
     Finish,
+    Invalidate,
     Open,
     Progress,
     TokenEvent,
@@ -84,6 +85,7 @@ class FakeEngine:
                 web.get(PREFIX + "/info", self._info),
                 web.post(prompt, self._open),
                 web.post(prompt + "/extend", self._extend),
+                web.post(prompt + "/invalidate", self._invalidate),
                 web.post(prompt + "/finish", self._finish),
                 web.get(prompt, self._status),
                 web.delete(prompt, self._abort),
@@ -127,6 +129,10 @@ class FakeEngine:
     async def _extend(self, request: web.Request) -> web.Response:
         op = decode(Extend, await request.read())
         return _json(await self.sessions.extend(request.match_info["id"], op))
+
+    async def _invalidate(self, request: web.Request) -> web.Response:
+        op = decode(Invalidate, await request.read())
+        return _json(await self.sessions.invalidate(request.match_info["id"], op))
 
     async def _status(self, request: web.Request) -> web.Response:
         return _json(await self.sessions.status(request.match_info["id"]))

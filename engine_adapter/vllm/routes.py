@@ -7,15 +7,16 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import vllm
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import (
@@ -25,6 +26,7 @@ from engine_adapter.messages import (
     Event,
     Extend,
     Finish,
+    Invalidate,
     Message,
     Open,
     decode,
@@ -76,7 +78,7 @@ class StreamingPrompts:
             plugin_version=version("stream2llm"),
             engine=f"vllm {vllm.__version__}",
             model=self._model_name,
-            operations=["open", "extend", "finish", "abort", "status", "info"],
+            operations=["open", "extend", "invalidate", "finish", "abort", "status", "info"],
             max_model_len=self._limits.max_model_len,
             block_size=self._block_size,
             **{name: int(value) for name, value in load.items()},
@@ -132,56 +134,59 @@ def _prompts(request: Request) -> StreamingPrompts:
     return prompts
 
 
-router = APIRouter(prefix=PREFIX)
+class _Route(APIRoute):
+    """A route that answers an EngineError with its status and its body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except EngineError as e:
+                return _error(e)
+
+        return handle
+
+
+router = APIRouter(prefix=PREFIX, route_class=_Route)
 
 
 @router.get("/info")
 async def info(request: Request) -> Response:
-    try:
-        return _json(await _prompts(request).info())
-    except EngineError as e:
-        return _error(e)
+    return _json(await _prompts(request).info())
 
 
 @router.post("/prompts/{prompt_id}")
 async def open_prompt(prompt_id: str, request: Request) -> Response:
-    try:
-        op = decode(Open, await request.body())
-        return _json(await _prompts(request).sessions.open(prompt_id, op))
-    except EngineError as e:
-        return _error(e)
+    op = decode(Open, await request.body())
+    return _json(await _prompts(request).sessions.open(prompt_id, op))
 
 
 @router.post("/prompts/{prompt_id}/extend")
 async def extend_prompt(prompt_id: str, request: Request) -> Response:
-    try:
-        op = decode(Extend, await request.body())
-        return _json(await _prompts(request).sessions.extend(prompt_id, op))
-    except EngineError as e:
-        return _error(e)
+    op = decode(Extend, await request.body())
+    return _json(await _prompts(request).sessions.extend(prompt_id, op))
+
+
+@router.post("/prompts/{prompt_id}/invalidate")
+async def invalidate_prompt(prompt_id: str, request: Request) -> Response:
+    op = decode(Invalidate, await request.body())
+    return _json(await _prompts(request).sessions.invalidate(prompt_id, op))
 
 
 @router.post("/prompts/{prompt_id}/finish")
 async def finish_prompt(prompt_id: str, request: Request) -> Response:
-    try:
-        op = decode(Finish, await request.body())
-        lines = _prompts(request).finish(prompt_id, op)
-    except EngineError as e:
-        return _error(e)
+    op = decode(Finish, await request.body())
+    lines = _prompts(request).finish(prompt_id, op)
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
 @router.get("/prompts/{prompt_id}")
 async def prompt_status(prompt_id: str, request: Request) -> Response:
-    try:
-        return _json(await _prompts(request).sessions.status(prompt_id))
-    except EngineError as e:
-        return _error(e)
+    return _json(await _prompts(request).sessions.status(prompt_id))
 
 
 @router.delete("/prompts/{prompt_id}")
 async def abort_prompt(prompt_id: str, request: Request) -> Response:
-    try:
-        return _json(await _prompts(request).abort(prompt_id))
-    except EngineError as e:
-        return _error(e)
+    return _json(await _prompts(request).abort(prompt_id))

@@ -21,7 +21,7 @@ from engine_adapter.errors import (
     UnknownPrompt,
     VersionConflict,
 )
-from engine_adapter.messages import Extend, Finish, Open, Progress, PromptState
+from engine_adapter.messages import Extend, Finish, Invalidate, Open, Progress, PromptState
 
 Status = Mapping[str, int | str]
 
@@ -111,6 +111,14 @@ class Sessions:
         session.version, session.tokens = op.version, tokens
         call = self._core.extend(prompt_id, op.keep, op.tokens)
         return await self._call(session, call, kept=op.keep)
+
+    async def invalidate(self, prompt_id: str, op: Invalidate) -> Progress:
+        """Apply the next version, which is the beginning of the one before.
+
+        Raises:
+            UnknownPrompt, PromptFinished, VersionConflict, BadOperation
+        """
+        return await self.extend(prompt_id, Extend(version=op.version, keep=op.keep, tokens=[]))
 
     def finish(self, prompt_id: str, op: Finish) -> Session:
         """Close the input of a prompt. The caller has the engine answer `session.tokens`.
@@ -249,4 +257,5 @@ class Sessions:
             computed=int(status["computed"]),
             kept=kept,
             invalidated=int(status.get("invalidated", 0)),
+            freed_blocks=int(status.get("freed_blocks", 0)),
         )

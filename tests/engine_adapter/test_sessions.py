@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_adapter.errors import (
+    BadOperation,
     EngineError,
     EngineOverloaded,
     PromptFinished,
     UnknownPrompt,
     VersionConflict,
 )
-from engine_adapter.messages import Extend, Finish, Open, Sampling
-from engine_adapter.vllm.sessions import Limits, Sessions
+from engine_adapter.messages import Extend, Finish, Invalidate, Open, Sampling
+from engine_adapter.vllm.sessions import Limits, Sessions, Status
 from tests.fake_engine import FakeCore
 
 LIMITS = Limits(max_model_len=50, vocab_size=100, max_open_prompts=2)
@@ -68,6 +69,46 @@ async def test_a_caller_that_goes_away_does_not_undo_its_operation(
     assert answer.length == 2
 
 
+async def test_invalidate_leaves_the_beginning_of_a_prompt(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("p", Open(tokens=[1, 2, 3]))
+    op = Invalidate(version=1, keep=1)
+    first = await sessions.invalidate("p", op)
+    assert (first.version, first.length, first.kept) == (1, 1, 1)
+    assert core.tokens["p"] == [1]
+    assert await sessions.invalidate("p", op) == first, "a retry has the first answer"
+    assert core.operations == ["open", "extend"]
+    with pytest.raises(VersionConflict):
+        await sessions.invalidate("p", Invalidate(version=3, keep=1))
+    assert sessions.finish("p", finish(2, 1)).tokens == [1, 9]
+    with pytest.raises(PromptFinished):
+        await sessions.invalidate("p", Invalidate(version=3, keep=1))
+
+
+@pytest.mark.parametrize("keep", [-1, 0, 4])
+async def test_invalidate_keeps_at_least_one_token_and_no_more_than_there_are(
+    sessions: Sessions, core: FakeCore, keep: int
+) -> None:
+    await sessions.open("p", Open(tokens=[1, 2, 3]))
+    with pytest.raises(BadOperation):
+        await sessions.invalidate("p", Invalidate(version=1, keep=keep))
+    assert core.tokens["p"] == [1, 2, 3]
+
+
+async def test_progress_tells_the_blocks_that_the_engine_counted(
+    sessions: Sessions, core: FakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await sessions.open("p", Open(tokens=[1, 2, 3]))
+    assert first.freed_blocks == 0
+
+    async def counted(prompt_id: str, keep: int, tokens: list[int]) -> Status:
+        return {"state": "idle", "length": keep, "computed": keep, "freed_blocks": 2}
+
+    monkeypatch.setattr(core, "extend", counted)
+    assert (await sessions.invalidate("p", Invalidate(version=1, keep=1))).freed_blocks == 2
+
+
 async def test_nothing_follows_finish(sessions: Sessions) -> None:
     await sessions.open("p", Open(tokens=[1]))
     assert sessions.finish("p", finish(1, 1)).tokens == [1, 9]
@@ -109,7 +150,7 @@ async def test_silence_longer_than_the_lease_frees_a_prompt(
 
 operations = st.lists(
     st.tuples(
-        st.sampled_from(["open", "extend", "finish", "abort", "status"]),
+        st.sampled_from(["open", "extend", "invalidate", "finish", "abort", "status"]),
         st.sampled_from(["p", "q", "r"]),
         st.integers(-1, 4),
         st.integers(-1, 60),
@@ -134,6 +175,8 @@ async def test_no_operation_is_answered_by_anything_but_its_answer_or_a_typed_er
                 case "extend":
                     op = Extend(version=version, keep=keep, tokens=tokens)
                     await sessions.extend(prompt_id, op)
+                case "invalidate":
+                    await sessions.invalidate(prompt_id, Invalidate(version=version, keep=keep))
                 case "finish":
                     sessions.finish(prompt_id, finish(version, keep))
                     await core.close(prompt_id)
