@@ -7,6 +7,7 @@ and is stopped by its process group, so that none of its descendants survives.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -229,6 +230,8 @@ class EngineOptions:
     """Cores to compute on, e.g. `0-1`; None for all."""
     port: int | None = None
     """None for a free one."""
+    policy: str | None = None
+    """In which order requests are computed; None for the plug-in's default."""
     debug_checks: bool = False
     """Let the plug-in verify its own state at every step (slower)."""
     extra_args: tuple[str, ...] = ()
@@ -263,6 +266,8 @@ def engine(options: EngineOptions | None = None) -> Server:
         command += ["--block-size", "32", "--enforce-eager"]
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"
         env["VLLM_CPU_OMP_THREADS_BIND"] = options.cores or f"0-{(os.cpu_count() or 1) - 1}"
+    if options.policy is not None:
+        command += ["--additional-config", json.dumps({"stream2llm": {"policy": options.policy}})]
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
 

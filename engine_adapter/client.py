@@ -21,6 +21,7 @@ from engine_adapter.messages import (
     Message,
     Open,
     Progress,
+    SetPolicy,
     decode,
     encode,
 )
@@ -54,6 +55,10 @@ class EngineClient:
         """What the engine is and how busy it is."""
         limits = aiohttp.ClientTimeout(total=timeout_s, connect=min(timeout_s, 2.0))
         return await self._ask(EngineInfo, "GET", "/info", limits=limits)
+
+    async def set_policy(self, policy: str) -> EngineInfo:
+        """Order requests by another policy from the next step on."""
+        return await self._ask(EngineInfo, "PUT", "/policy", SetPolicy(policy=policy))
 
     async def open(self, prompt_id: str, op: Open) -> Progress:
         """Begin an incremental prefill."""

@@ -104,6 +104,12 @@ class Finish(Message, frozen=True):
     sampling: Sampling
 
 
+class SetPolicy(Message, frozen=True):
+    """Order requests by the policy of this name from the next step on."""
+
+    policy: str
+
+
 class Progress(Message, frozen=True):
     """Where one prompt stands after an operation. All counts are tokens."""
 
@@ -182,6 +188,10 @@ class EngineInfo(Message, frozen=True):
     open_prompts: int
     preemptions: int = 0
     """How often the engine gave back a request's KV to make room, since its start."""
+    policy: str = ""
+    """By which it orders requests now; empty where it has none to choose."""
+    policies: list[str] = []
+    """What it can be set to."""
 
 
 M = TypeVar("M")

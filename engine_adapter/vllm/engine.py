@@ -78,6 +78,9 @@ def _apply(
             return scheduler.status(**arguments)
         case "load":
             return scheduler.load()
+        case "policy":
+            scheduler.set_policy(**arguments)
+            return {}
         case "check":
             scheduler.check_blocks()
             return {}
@@ -108,6 +111,10 @@ class VllmEngine:
     async def load(self) -> Status:
         """How busy the engine is; see `StreamScheduler.load`."""
         return await self._call("load", {})
+
+    async def set_policy(self, policy: str) -> None:
+        """Order by another policy from the next step on."""
+        await self._call("policy", {"policy": policy})
 
     async def _call(self, operation: str, arguments: dict[str, Any]) -> Status:
         try:

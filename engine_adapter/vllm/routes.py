@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 
-from engine_adapter.errors import EngineError
+from engine_adapter.errors import BadOperation, EngineError
 from engine_adapter.messages import (
     PREFIX,
     PROTOCOL_VERSION,
@@ -29,9 +29,11 @@ from engine_adapter.messages import (
     Invalidate,
     Message,
     Open,
+    SetPolicy,
     decode,
     encode,
 )
+from engine_adapter.scheduling.policies import POLICIES, named
 from engine_adapter.vllm.engine import VllmEngine
 from engine_adapter.vllm.sessions import Limits, Session, Sessions
 
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 MAX_OPEN_PROMPTS = "STREAM2LLM_MAX_OPEN_PROMPTS"
 """Environment: how many prompts may be open at once (default 1024)."""
+
+OPERATIONS = ["open", "extend", "invalidate", "finish", "abort", "status", "info", "policy"]
 
 LEASE_SWEEP_S = 0.5
 
@@ -71,18 +75,33 @@ class StreamingPrompts:
 
     async def info(self) -> EngineInfo:
         """Identity, limits and load of this engine."""
-        load = await self.engine.load()
+        load = dict(await self.engine.load())
         return EngineInfo(
             instance_id=self._instance_id,
             protocol_version=PROTOCOL_VERSION,
             plugin_version=version("stream2llm"),
             engine=f"vllm {vllm.__version__}",
             model=self._model_name,
-            operations=["open", "extend", "invalidate", "finish", "abort", "status", "info"],
+            operations=OPERATIONS,
             max_model_len=self._limits.max_model_len,
             block_size=self._block_size,
+            policy=str(load.pop("policy")),
+            policies=list(POLICIES),
             **{name: int(value) for name, value in load.items()},
         )
+
+    async def set_policy(self, op: SetPolicy) -> EngineInfo:
+        """Order requests by another policy from the next step on.
+
+        Raises:
+            BadOperation: there is none of that name.
+        """
+        try:
+            named(op.policy)
+        except ValueError as e:
+            raise BadOperation(str(e)) from e
+        await self.engine.set_policy(op.policy)
+        return await self.info()
 
     def finish(self, prompt_id: str, op: Finish) -> AsyncIterator[bytes]:
         """Close a prompt's input; the events of its answer as lines of JSON.
@@ -155,6 +174,11 @@ router = APIRouter(prefix=PREFIX, route_class=_Route)
 @router.get("/info")
 async def info(request: Request) -> Response:
     return _json(await _prompts(request).info())
+
+
+@router.put("/policy")
+async def set_policy(request: Request) -> Response:
+    return _json(await _prompts(request).set_policy(decode(SetPolicy, await request.body())))
 
 
 @router.post("/prompts/{prompt_id}")

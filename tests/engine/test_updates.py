@@ -1,0 +1,148 @@
+"""Prompts that are rewritten while they are read, many at once, in memory that is too small."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import httpx
+import pytest
+import pytest_asyncio
+
+from deploy.local import EngineOptions, Server, engine
+from engine_adapter.client import EngineClient
+from engine_adapter.errors import BadOperation
+from engine_adapter.messages import Extend, Invalidate, Open
+from engine_adapter.scheduling.policies import POLICIES
+from tests.conftest import until
+from tests.engine.conftest import finished, sent_whole
+
+POOL_TOKENS = 1024
+AT_ONCE = 6
+ROUNDS = 10
+ANSWER_TOKENS = 4
+LONGEST_TOKENS = 400
+
+policies = pytest.mark.parametrize("policy", list(POLICIES))
+
+
+@pytest.fixture(scope="module")
+def small_engine(model_dir: Path) -> Iterator[Server]:
+    """A real vLLM that holds 1,024 tokens, its block accounts checked at every step."""
+    options = EngineOptions(
+        model=model_dir,
+        dtype="float32",
+        max_model_len=POOL_TOKENS,
+        kv_blocks=1 + POOL_TOKENS // 32,
+        policy="lcas",
+        debug_checks=True,
+    )
+    with engine(options) as server:
+        server.start().wait_ready(300)
+        yield server
+
+
+@pytest_asyncio.fixture(scope="module")
+async def prompts(small_engine: Server) -> AsyncIterator[EngineClient]:
+    async with aiohttp.ClientSession() as session:
+        yield EngineClient(session, small_engine.url)
+
+
+async def all_free(client: EngineClient) -> bool:
+    info = await client.info()
+    return info.open_prompts == 0 and info.kv_blocks_free == info.kv_blocks_total
+
+
+async def history(
+    client: EngineClient, prompt_id: str, rng: random.Random
+) -> tuple[list[int], list[int]] | None:
+    """Play one prompt's life; its final tokens and its answer, or None if it was aborted."""
+
+    def text(most: int) -> list[int]:
+        return [rng.randrange(100, 40_000) for _ in range(rng.randint(0, most))]
+
+    tokens = [7, *text(150)]
+    await client.open(prompt_id, Open(tokens=tokens, cache_salt=prompt_id))
+    version = 0
+    for _ in range(rng.randint(1, 5)):
+        await asyncio.sleep(rng.choice([0.0, 0.0, 0.02, 0.1, 0.4]))
+        version += 1
+        keep = rng.randint(1, len(tokens))
+        match rng.choices(["append", "update", "invalidate", "abort"], [5, 5, 2, 0.4])[0]:
+            case "append":
+                keep, new = len(tokens), text(LONGEST_TOKENS - len(tokens))
+            case "update":
+                new = text(LONGEST_TOKENS - keep)
+            case "invalidate":
+                answer = await client.invalidate(prompt_id, Invalidate(version=version, keep=keep))
+                assert (answer.length, answer.kept) == (keep, keep)
+                tokens = tokens[:keep]
+                continue
+            case "abort":
+                await client.abort(prompt_id)
+                return None
+        answer = await client.extend(prompt_id, Extend(version=version, keep=keep, tokens=new))
+        tokens = tokens[:keep] + new
+        assert (answer.length, answer.kept) == (len(tokens), keep)
+        assert answer.computed <= keep
+    tail = [rng.randrange(100, 40_000)]
+    output, _ = await finished(client, prompt_id, version + 1, len(tokens), tail, ANSWER_TOKENS)
+    return tokens + tail, output
+
+
+async def test_the_policy_is_chosen_by_a_flag_and_switched_at_run_time(
+    prompts: EngineClient,
+) -> None:
+    assert (await prompts.info()).policy == "lcas", "as the fixture started it"
+    for policy in POLICIES:
+        assert (await prompts.set_policy(policy)).policy == policy
+        assert (await prompts.info()).policy == policy
+    with pytest.raises(BadOperation, match="no policy 'fastest'"):
+        await prompts.set_policy("fastest")
+
+
+@pytest.mark.timeout(900)
+@policies
+async def test_concurrent_histories_are_answered_as_if_sent_whole(
+    prompts: EngineClient, http: httpx.AsyncClient, small_engine: Server, policy: str
+) -> None:
+    await prompts.set_policy(policy)
+    rounds_with_preemptions = 0
+    for number in range(ROUNDS):
+        before = (await prompts.info()).preemptions
+        ids = [f"{policy}-{number}-{i}" for i in range(AT_ONCE)]
+        async with asyncio.timeout(120):
+            lives = await asyncio.gather(*(history(prompts, i, random.Random(i)) for i in ids))
+        rounds_with_preemptions += (await prompts.info()).preemptions > before
+        await until(lambda: all_free(prompts), within_s=5)
+        for tokens, output in filter(None, lives):
+            whole = await sent_whole(http, small_engine, tokens, ANSWER_TOKENS)
+            assert output == whole[0], f"{policy}, round {number}"
+    assert rounds_with_preemptions >= ROUNDS / 3
+
+
+@pytest.mark.timeout(300)
+@policies
+async def test_24_streams_in_a_quarter_of_their_memory_all_finish(
+    prompts: EngineClient, policy: str
+) -> None:
+    await prompts.set_policy(policy)
+
+    async def streamed(i: int) -> int:
+        rng = random.Random(i)
+        parts = [[rng.randrange(100, 40_000) for _ in range(43)] for _ in range(4)]
+        prompt_id = f"quarter-{policy}-{i}"
+        await prompts.open(prompt_id, Open(tokens=parts[0]))
+        for version in (1, 2):
+            await asyncio.sleep(0.1)
+            op = Extend(version=version, keep=43 * version, tokens=parts[version])
+            await prompts.extend(prompt_id, op)
+        _, done = await finished(prompts, prompt_id, 3, 129, parts[3], 2)
+        return done.prompt_tokens
+
+    async with asyncio.timeout(200):
+        assert await asyncio.gather(*(streamed(i) for i in range(24))) == [172] * 24
+    await until(lambda: all_free(prompts), within_s=5)
