@@ -154,6 +154,21 @@ async def test_a_list_too_long_leaves_the_stream_as_it_was(
         assert stack.held(stream.id) == await expected_tokens(stack, [B["text"]])
 
 
+async def test_what_a_list_moved_waits_until_an_operation_carries_it(stack: Stack) -> None:
+    async with stack.client.stream(MODEL, MESSAGES) as stream:
+        first = await stream.replace([A, B])
+        await read_whole(stream)
+        stack.engine.core.delay_s = lambda: 0.5
+        try:
+            await stream.send("carried by an operation that takes long")
+            await asyncio.sleep(0.1)
+            moved = await stream.replace([{"id": "b"}, {"id": "a"}])
+            assert moved["tokens_received"] == first["tokens_received"]
+            assert stack.app[STREAMS].get(stream.id).waiting_tokens == moved["added"] > 0
+        finally:
+            stack.engine.core.delay_s = lambda: 0.0
+
+
 async def test_posts_take_effect_in_the_order_in_which_they_came(stack: Stack) -> None:
     async with stack.client.stream(MODEL, MESSAGES) as stream:
         inner = stack.app[STREAMS].get(stream.id)
@@ -191,6 +206,15 @@ def test_documents_dropped_longest_ago_are_forgotten_first() -> None:
     assert {name for name in "abcd" if known.get(name)} == {"d", "a"}
     known.clear()
     assert known.get("a") is None
+
+
+def test_a_document_that_comes_back_is_no_longer_counted_as_dropped() -> None:
+    a, b = Document((1, 2, 3), "a"), Document((1, 2, 3), "b")
+    known = KnownDocuments(max_dropped=8)
+    known.add([a, b])
+    for current in ([b], [a], [b], [a], []):
+        known.replace(current)
+    assert (known.get("a"), known.get("b")) == (a, b)
 
 
 names = st.sampled_from(["a", "b", "c", "d", "e", None])
