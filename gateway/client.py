@@ -99,6 +99,23 @@ class Stream:
         self._seq += 1
         return int(acknowledged["tokens"])
 
+    async def replace(self, documents: Sequence[Json]) -> Json:
+        """Put a ranked list in place of all context sent so far.
+
+        Args:
+            documents: `{"id": ..., "text": ...}`; one sent before may be `{"id": ...}` alone.
+
+        Returns:
+            Token counts: `tokens_received`, `kept`, `invalidated`, `added`.
+
+        Raises:
+            StreamError: refused, e.g. an id alone that the stream does not know.
+        """
+        body: Json = {"documents": list(documents), "seq": self._seq}
+        taken = _checked(await self._http.put(self._path + "/documents", json=body))
+        self._seq += 1
+        return taken
+
     async def status(self) -> Json:
         """State and token counts."""
         return _checked(await self._http.get(self._path))

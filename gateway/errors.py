@@ -8,7 +8,7 @@
      +- ModelNotFound            404  no engine serves that model
      +- Conflict                 409
      |   +- InputClosed          409  chunk or finish after finish
-     |   +- SequenceGap          409  a chunk's `seq` skips one
+     |   +- SequenceGap          409  the `seq` of a post skips one
      +- BodyTooLarge             413
      +- Overloaded               503  with Retry-After
      +- EngineFailed             503  no engine, or it died under the stream
@@ -90,7 +90,7 @@ class InputClosed(Conflict):
 
 
 class SequenceGap(Conflict):
-    """A chunk's `seq` skips one; `expected_seq` is the next."""
+    """The `seq` of a post skips one; `expected_seq` is the next."""
 
     code = "sequence_gap"
 

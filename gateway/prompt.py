@@ -53,6 +53,10 @@ class Prompt:
         context_tokens = self.context_tokens + added
         return Prompt(self.head, self.tail, (*self.documents, *documents), context_tokens)
 
+    def with_only(self, documents: Sequence[Document]) -> Prompt:
+        """The same prompt with these documents in place of those it has."""
+        return Prompt(self.head, self.tail).with_documents(documents)
+
     @property
     def open_tokens(self) -> list[int]:
         """What can be read before the input is closed: everything but the tail."""

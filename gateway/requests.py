@@ -122,6 +122,31 @@ class ChunkPost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return [Chunk(text=self.text, id=self.id)]
 
 
+class Ranked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A document of a ranked list; by its id alone if the stream knows its text."""
+
+    text: str | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.id is None:
+            raise BadRequest("a document without id has text", param="documents")
+        if self.text == "":
+            raise BadRequest("the text of a document is not empty", param="documents")
+
+
+class RankedList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `PUT /v1/streams/{id}/documents`."""
+
+    documents: list[Ranked]
+    seq: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [d.id for d in self.documents if d.id is not None]
+        if len(names) != len(set(names)):
+            raise BadRequest("an id stands twice in the list", param="documents")
+
+
 class FinishLine(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Last line of the one-request form, and its overrides."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import orjson
 from aiohttp import web
 
@@ -17,8 +18,18 @@ from gateway.builders import builder_for
 from gateway.errors import BadRequest
 from gateway.keys import ENGINES, METRICS, SETTINGS, STREAMS
 from gateway.prompt import Document
-from gateway.requests import Chunk, ChunkPost, Create, FinishLine, Options, merged, read
-from gateway.stream import Stream
+from gateway.requests import (
+    Chunk,
+    ChunkPost,
+    Create,
+    FinishLine,
+    Options,
+    Ranked,
+    RankedList,
+    merged,
+    read,
+)
+from gateway.stream import Stream, Taken, Tokenized
 
 NDJSON = "application/x-ndjson"
 
@@ -37,14 +48,21 @@ async def chunks(request: web.Request) -> web.Response:
     stream = _stream(request)
     body = await read_body(request, request.app[SETTINGS].max_chunk_bytes)
     post = read(ChunkPost, body)
-    seq, tokens = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
-    received = stream.prompt.context_tokens
-    acknowledged = {"id": stream.id, "seq": seq, "tokens": tokens, "tokens_received": received}
-    response = _json(acknowledged, 202)
+    taken = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
+    response = _json(_acknowledged(stream, taken), 202)
     took_s = time.monotonic() - started_s
     request.app[METRICS].chunk_seconds.observe(took_s)
     response.headers["Server-Timing"] = f"chunk;dur={1000 * took_s:.3f}"
     return response
+
+
+async def documents(request: web.Request) -> web.Response:
+    """Put a ranked list in place of the stream's documents."""
+    stream = _stream(request)
+    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    ranked = read(RankedList, body)
+    tokenized = _known_or_tokenized(request.app, stream, ranked.documents)
+    return _json(_acknowledged(stream, await stream.replace(tokenized, ranked.seq)))
 
 
 async def finish(request: web.Request) -> web.StreamResponse:
@@ -71,6 +89,7 @@ async def cancel(request: web.Request) -> web.Response:
 routes = [
     web.post("/v1/streams", create),
     web.post("/v1/streams/{id}/chunks", chunks),
+    web.put("/v1/streams/{id}/documents", documents),
     web.post("/v1/streams/{id}/finish", finish),
     web.get("/v1/streams/{id}", status),
     web.delete("/v1/streams/{id}", cancel),
@@ -94,21 +113,47 @@ async def _open(app: web.Application, body: Create) -> Stream:
     try:
         stream.check_length(prompt)
         if body.documents:
-            stream.extend_first(await _tokenized(app, stream, body.documents)())
+            stream.take(await _tokenized(app, stream, body.documents)())
     except BaseException:
         await stream.cancel()
         raise
     return stream
 
 
-def _tokenized(
-    app: web.Application, stream: Stream, chunks: Sequence[Chunk]
-) -> Callable[[], Awaitable[list[Document]]]:
+def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
     async def documents() -> list[Document]:
         builder = await builder_for(app, stream.model)
         return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
 
     return documents
+
+
+def _known_or_tokenized(
+    app: web.Application, stream: Stream, ranked: Sequence[Ranked]
+) -> Tokenized:
+    """A ranked list; an id that stands alone means what the stream knows by it.
+
+    Raises, when called:
+        BadRequest: the stream does not know an id; nothing has been tokenized then.
+    """
+
+    async def documents() -> list[Document]:
+        known: dict[str | None, Document] = {
+            r.id: _known(stream, r.id) for r in ranked if r.text is None and r.id is not None
+        }
+        builder = await builder_for(app, stream.model)
+        return [
+            known[r.id] if r.text is None else await builder.document(r.text, r.id) for r in ranked
+        ]
+
+    return documents
+
+
+def _known(stream: Stream, name: str) -> Document:
+    document = stream.known.get(name)
+    if document is None:
+        raise BadRequest(f"document {name!r} has no text and is not known here", param="documents")
+    return document
 
 
 async def _one_request(request: web.Request) -> web.StreamResponse:
@@ -198,7 +243,7 @@ async def _describe(stream: Stream) -> dict[str, Any]:
         "state": stream.state,
         "error": None if stream.error is None else stream.error.to_json()["error"],
         "engine": stream.engine.url,
-        "chunks": stream.chunks,
+        "chunks": len(stream.prompt.documents),
         "tokens": {
             "prompt": stream.prompt.length,
             "received": stream.prompt.context_tokens,
@@ -206,6 +251,10 @@ async def _describe(stream: Stream) -> dict[str, Any]:
             "prefilled": 0 if progress is None else progress.computed,
         },
     }
+
+
+def _acknowledged(stream: Stream, taken: Taken) -> dict[str, Any]:
+    return {"id": stream.id, **msgspec.structs.asdict(taken)}
 
 
 def _json(body: dict[str, Any], status: int = 200) -> web.Response:

@@ -4,9 +4,10 @@
       |                  |
       +------------------+--> failed (engine lost), cancelled (client), expired (silence)
 
-Chunks change the prompt at once; a task of the stream's own (the pump) brings the engine to
-it. At most one operation is under way, and what arrives meanwhile goes into the next one.
-`finish` does not wait for an operation under way: the engine applies them in order.
+Chunks and ranked lists change the prompt at once; a task of the stream's own (the pump)
+brings the engine to it. At most one operation is under way, and what arrives meanwhile goes
+into the next one. `finish` does not wait for an operation under way: the engine applies them
+in order.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Literal
+
+import msgspec
 
 from engine_adapter.errors import EngineError, EngineUnavailable, UnknownPrompt, VersionConflict
 from engine_adapter.messages import (
@@ -38,6 +41,7 @@ from gateway.errors import (
     SequenceGap,
     from_engine,
 )
+from gateway.known import KnownDocuments
 from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
 from gateway.requests import Options
@@ -49,6 +53,30 @@ State = Literal["open", "finishing", "done", "failed", "cancelled", "expired"]
 
 MAX_ATTEMPTS = 3
 """How often the end of a prompt is sent when the engine has lost it or is behind."""
+
+
+class ChunksTaken(msgspec.Struct, frozen=True):
+    """Acknowledges a post of chunks."""
+
+    seq: int
+    tokens: int
+    tokens_received: int
+    """Tokens of all documents in the prompt."""
+
+
+class ListTaken(msgspec.Struct, frozen=True):
+    """Acknowledges a ranked list. Counts are tokens of the prompt up to its tail."""
+
+    seq: int
+    tokens_received: int
+    kept: int
+    """The longest common beginning of the prompt before and after."""
+    invalidated: int
+    added: int
+
+
+Taken = ChunksTaken | ListTaken
+Tokenized = Callable[[], Awaitable[list[Document]]]
 
 
 class Stream:
@@ -75,14 +103,14 @@ class Stream:
         self.created_s = time.time()
         self.touched_s = time.monotonic()
         self.engine_touched_s = time.monotonic()
-        self.chunks = 0
+        self.known = KnownDocuments()
         self.progress: Progress | None = None
         self.options = options
         self._answer_tokens = options.answer_tokens or 1
         self._lease_s = lease_s
         self._metrics = metrics
         self._ended = ended
-        self._acks: list[int] = []  # tokens of each chunk post, by its seq
+        self._taken: list[Taken] = []  # the answer to each post, by its seq
         self._taking = asyncio.Lock()
         self._prompt_id = stream_id
         self._generation = 0
@@ -97,9 +125,7 @@ class Stream:
 
     # What clients do.
 
-    async def add(
-        self, documents: Callable[[], Awaitable[list[Document]]], seq: int | None
-    ) -> tuple[int, int]:
+    async def add(self, documents: Tokenized, seq: int | None) -> Taken:
         """Take in one post of chunks.
 
         Args:
@@ -107,15 +133,39 @@ class Stream:
             seq: its number, or None for the next.
 
         Returns:
-            Its number and how many tokens it has; a repeated number gives the first answer.
+            Its acknowledgement; a repeated number gives the first one.
 
         Raises:
             InputClosed, SequenceGap, ContextTooLong, EngineFailed
         """
+
+        def take(number: int, new: list[Document]) -> Taken:
+            self.take(new)
+            tokens = sum(len(d.tokens) for d in new)
+            return ChunksTaken(number, tokens, self.prompt.context_tokens)
+
+        return await self._in_turn(documents, seq, take)
+
+    async def replace(self, documents: Tokenized, seq: int | None) -> Taken:
+        """Put a ranked list in place of all documents; numbers and errors as of `add`.
+
+        Args:
+            documents: gives the tokenized list; called when it is this post's turn, so that
+                `known` has what the posts before it brought.
+        """
+        return await self._in_turn(documents, seq, self._replace)
+
+    async def _in_turn(
+        self,
+        documents: Tokenized,
+        seq: int | None,
+        take: Callable[[int, list[Document]], Taken],
+    ) -> Taken:
+        """One post after the other: check its number, tokenize, change the prompt."""
         async with self._taking:
-            expected = len(self._acks)
+            expected = len(self._taken)
             if seq is not None and 0 <= seq < expected:
-                return seq, self._acks[seq]
+                return self._taken[seq]
             self._must_be_open()
             if seq is not None and seq != expected:
                 raise SequenceGap(
@@ -124,29 +174,41 @@ class Stream:
             self.touched_s = time.monotonic()
             new = await documents()
             self._must_be_open()
-            self._take(new)
-            tokens = sum(len(d.tokens) for d in new)
-            self._acks.append(tokens)
-            return expected, tokens
+            taken = take(expected, new)
+            self._taken.append(taken)
+            return taken
 
-    def extend_first(self, documents: Sequence[Document]) -> None:
-        """Take in the documents a stream begins with.
+    def take(self, new: Sequence[Document]) -> None:
+        """Put documents behind those in the prompt, without a number.
 
         Raises:
             ContextTooLong
         """
-        self._take(documents)
-
-    def _take(self, new: Sequence[Document]) -> None:
         prompt = self.prompt.with_documents(new)
         self.check_length(prompt)
         self.prompt = prompt
-        self.chunks += len(new)
+        self.known.add(new)
         self._metrics.chunks.inc(len(new))
         self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
         self._changed.set()
 
-    def check_length(self, prompt: Prompt, answer_tokens: int | None = None) -> None:
+    def _replace(self, number: int, documents: list[Document]) -> Taken:
+        prompt = self.prompt.with_only(documents)
+        self.check_length(prompt, param="documents")
+        before = self.prompt.open_tokens
+        kept, added = difference(before, prompt.open_tokens)
+        invalidated = len(before) - kept
+        self.prompt = prompt
+        self.known.replace(documents)
+        self._metrics.lists.inc()
+        self._metrics.context_tokens.inc(len(added))
+        self._metrics.invalidated_tokens.inc(invalidated)
+        self._changed.set()
+        return ListTaken(number, prompt.context_tokens, kept, invalidated, len(added))
+
+    def check_length(
+        self, prompt: Prompt, answer_tokens: int | None = None, *, param: str = "text"
+    ) -> None:
         """Raise ContextTooLong if a prompt does not leave room for the answer."""
         if self.engine.info is None:
             return
@@ -156,7 +218,7 @@ class Stream:
             raise ContextTooLong(
                 f"the prompt would have {prompt.length} tokens and the answer up to {reserved}, "
                 f"but the model takes {limit}",
-                param="text",
+                param=param,
             )
 
     async def finish(self, options: Options) -> None:
@@ -195,8 +257,7 @@ class Stream:
     @property
     def waiting_tokens(self) -> int:
         """Tokens taken in that no operation has carried to the engine yet."""
-        sent = 0 if self._sent is None else len(self._sent)
-        return max(self.prompt.length - len(self.prompt.tail) - sent, 0)
+        return len(difference(self._sent or [], self.prompt.open_tokens)[1])
 
     def _must_be_open(self) -> None:
         if self.state == "failed":
@@ -237,6 +298,7 @@ class Stream:
 
     def _end(self, state: State) -> None:
         self.state = state
+        self.known.clear()
         self.touched_s = time.monotonic()
         self.engine.streams -= 1
         self._metrics.streams.labels(state).inc()

@@ -27,7 +27,15 @@ class Metrics:
         )
         self.chunks = Counter("stream2llm_chunks_total", "Chunks taken in", registry=self.registry)
         self.context_tokens = Counter(
-            "stream2llm_context_tokens_total", "Tokens of the chunks", registry=self.registry
+            "stream2llm_context_tokens_total", "Context tokens taken in", registry=self.registry
+        )
+        self.lists = Counter(
+            "stream2llm_ranked_lists_total", "Ranked lists taken in", registry=self.registry
+        )
+        self.invalidated_tokens = Counter(
+            "stream2llm_invalidated_tokens_total",
+            "Prompt tokens that ranked lists gave up",
+            registry=self.registry,
         )
         self.cached_tokens = Counter(
             "stream2llm_prefilled_early_tokens_total",
