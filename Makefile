@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup model demo test check bench-gateway bench-sim clean
+.PHONY: help setup model demo test check bench-gateway bench-sim bench-plan clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,9 @@ bench-gateway: model ## what the gateway itself costs per chunk, with 200 open s
 
 bench-sim: $(READY) ## the policies on the simulated engine, beside the published figures
 	@$(BIN)/python -m loadtest.bench_sim
+
+bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
+	@$(BIN)/python -m loadtest.bench_plan
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -16,8 +16,8 @@ ALLOWED = {
     "retrieval": set[str](),
     "cache_index": set[str](),
     "deploy": {"gateway.client", "retrieval"},
-    # HTTP only, but for the simulation, in which there is nobody to speak HTTP to
-    "loadtest": {"deploy", "engine_adapter.simulated"},
+    # HTTP only, but where there is nobody to speak HTTP to: the simulation and the planner
+    "loadtest": {"deploy", "engine_adapter.simulated", "engine_adapter.scheduling"},
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from engine_adapter.scheduling.policies import POLICIES
 from tests.conftest import until
 from tests.engine.conftest import finished, sent_whole
 
-POOL_TOKENS = 1024
+POOL_TOKENS = 512
 AT_ONCE = 6
 ROUNDS = 10
 ANSWER_TOKENS = 4
@@ -31,7 +31,7 @@ policies = pytest.mark.parametrize("policy", list(POLICIES))
 
 @pytest.fixture(scope="module")
 def small_engine(model_dir: Path) -> Iterator[Server]:
-    """A real vLLM that holds 1,024 tokens, its block accounts checked at every step."""
+    """A real vLLM that holds 512 tokens, its block accounts checked at every step."""
     options = EngineOptions(
         model=model_dir,
         dtype="float32",
@@ -133,16 +133,16 @@ async def test_24_streams_in_a_quarter_of_their_memory_all_finish(
 
     async def streamed(i: int) -> int:
         rng = random.Random(i)
-        parts = [[rng.randrange(100, 40_000) for _ in range(43)] for _ in range(4)]
+        parts = [[rng.randrange(100, 40_000) for _ in range(21)] for _ in range(4)]
         prompt_id = f"quarter-{policy}-{i}"
         await prompts.open(prompt_id, Open(tokens=parts[0]))
         for version in (1, 2):
             await asyncio.sleep(0.1)
-            op = Extend(version=version, keep=43 * version, tokens=parts[version])
+            op = Extend(version=version, keep=21 * version, tokens=parts[version])
             await prompts.extend(prompt_id, op)
-        _, done = await finished(prompts, prompt_id, 3, 129, parts[3], 2)
+        _, done = await finished(prompts, prompt_id, 3, 63, parts[3], 2)
         return done.prompt_tokens
 
     async with asyncio.timeout(200):
-        assert await asyncio.gather(*(streamed(i) for i in range(24))) == [172] * 24
+        assert await asyncio.gather(*(streamed(i) for i in range(24))) == [84] * 24
     await until(lambda: all_free(prompts), within_s=5)

@@ -1,0 +1,52 @@
+"""The simulated engine: estimates add up, and the shipping scheduler answers every query."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from engine_adapter.scheduling.policies import POLICIES
+from engine_adapter.simulated.engine import SimulatedEngine
+from engine_adapter.simulated.hardware import H100X2, LLAMA_3_1_8B
+from loadtest.bench_sim import WAITING, Case, run
+
+
+def test_kv_and_arithmetic_of_a_known_model() -> None:
+    assert LLAMA_3_1_8B.kv_bytes_per_token == 131_072
+    assert LLAMA_3_1_8B.flops(0, 1000) == pytest.approx(2 * 8.03e12, rel=0.02)
+    whole = LLAMA_3_1_8B.flops(0, 5000)
+    parts = LLAMA_3_1_8B.flops(0, 3000) + LLAMA_3_1_8B.flops(3000, 2000)
+    assert parts == pytest.approx(whole)
+
+
+def test_a_lone_request_takes_what_its_step_is_estimated_at() -> None:
+    engine = SimulatedEngine(H100X2, LLAMA_3_1_8B)
+    engine.finish("r", list(range(5000)), None)
+    assert engine.step() == ["r"]
+    assert engine.now_s == pytest.approx(H100X2.step_s(LLAMA_3_1_8B, [(0, 5000)]))
+    assert engine.step() is None
+
+
+def test_what_was_read_before_the_question_is_not_paid_for_again() -> None:
+    engine = SimulatedEngine(H100X2, LLAMA_3_1_8B)
+    engine.open("p", list(range(5000)))
+    assert engine.step() == []
+    asked_s = engine.now_s
+    engine.finish("answer", list(range(5100)), "p")
+    assert engine.step() == ["answer"]
+    expected_s = H100X2.step_s(LLAMA_3_1_8B, [(4999, 101)])
+    assert engine.now_s - asked_s == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize("policy", [WAITING, *POLICIES])
+@pytest.mark.parametrize("workload", ["crawl", "ann"])
+def test_every_query_of_a_trace_is_answered(workload: str, policy: str) -> None:
+    row = run(Case(workload, 4.0, 1.0, policy, 20, 1))
+    assert 0 < row.ttft_s[0] <= row.ttft_s[1] <= row.ttft_s[2]
+    assert row.over_oracle >= 0.99
+
+
+def test_a_trace_gives_the_same_figures_every_time() -> None:
+    case = Case("crawl", 4.0, 1.0, "srpf", 20, 3)
+    assert run(case).ttft_s == run(case).ttft_s
