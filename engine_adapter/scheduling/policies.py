@@ -29,6 +29,9 @@ Key = Callable[[View], Any]
 AGEING_STEPS_PER_S = 1.0
 """`srpf`: by how many full steps of prefill a second of waiting outweighs a shorter rival."""
 
+SHORTEST_STEP_TOKENS = 512
+"""Cutting a step below this saves little time: weights have to be read for any step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -93,7 +96,9 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             Policy("fcfs", _input_classes, _arrival, True),
             Policy("lcas", _input_classes, _last_input, True),
             Policy("mcps", _idle, _most_computed, True),
-            Policy("srpf", lambda v: (not v.decoding, *_input_classes(v)), _shortest_aged, False),
+            Policy(
+                "srpf", lambda v: (not v.decoding, *_input_classes(v)), _shortest_aged, False, 0.25
+            ),
         )
     }
 )

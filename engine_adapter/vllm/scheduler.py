@@ -251,7 +251,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         return plan(
             policies.order(self._views(), self.policy),
             budget_tokens=budget,
-            speculative_tokens=max(int(budget * self.policy.speculative_share), 1),
+            speculative_tokens=self.policy.speculative_tokens(budget),
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             slots=self.max_num_active_reqs,
             freeable_blocks=lambda view: self._tables.exclusive(view.request_id),

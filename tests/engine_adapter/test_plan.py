@@ -115,6 +115,21 @@ def test_the_shortest_prefill_goes_first_until_a_longer_one_has_waited() -> None
     assert first_of(2.1) == "long"
 
 
+def test_speculation_leaves_the_rest_of_a_step_to_full_requests() -> None:
+    srpf = policies.named("srpf")
+    assert srpf.speculative_tokens(8192) == 2048
+    assert srpf.speculative_tokens(128) >= 128, "short steps are not cut further"
+    partial = [view(f"p{i}", full=False, remaining_tokens=60, arrival_s=i) for i in range(3)]
+    grants = plan(
+        [*partial, view("full", remaining_tokens=60)],
+        budget_tokens=200,
+        free_blocks=100,
+        slots=100,
+        speculative_tokens=90,
+    ).grants
+    assert grants == {"p0": 60, "p1": 30, "full": 60}
+
+
 def test_an_unknown_policy_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"no policy 'x'; there are default, fcfs"):
         policies.named("x")
