@@ -47,7 +47,11 @@ class Policy:
     by `mcps`."""
     speculative_share: float = 1.0
     """How much of a step partial requests may fill. A request whose input closes while a step
-    is under way waits for its end, so short steps are what its TTFT is made of."""
+    is under way waits for its end: steps full of speculation are what its TTFT is made of."""
+
+    def speculative_tokens(self, budget_tokens: int) -> int:
+        """Tokens of a step that partial requests may have."""
+        return max(int(budget_tokens * self.speculative_share), SHORTEST_STEP_TOKENS)
 
     def key(self, view: View) -> tuple[Any, Any]:
         """Sort key: classes first."""
