@@ -31,7 +31,8 @@ def test_a_lone_request_takes_what_its_step_is_estimated_at() -> None:
 def test_what_was_read_before_the_question_is_not_paid_for_again() -> None:
     engine = SimulatedEngine(H100X2, LLAMA_3_1_8B)
     engine.open("p", list(range(5000)))
-    assert engine.step() == []
+    while engine.step() is not None:
+        pass
     asked_s = engine.now_s
     engine.finish("answer", list(range(5100)), "p")
     assert engine.step() == ["answer"]
