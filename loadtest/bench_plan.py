@@ -1,111 +1,104 @@
-"""What it costs to decide one step: order all unfinished requests, and plan.
+"""What it costs to decide one step, in the scheduler that ships.
 
-Two mixes of requests: `streams` (nine of ten are open prompts, most of them idle, as in a crawl)
-and `answers` (all are decoding). Views are made beforehand: making them is the scheduler's part
-and is not in the figures. `make bench-plan`; the last line is a JSON object.
+All of deciding is in the figures: finding out what has become of the requests, keeping them in
+order, and planning grants and evictions. Carrying a plan out, and vLLM's own `schedule`, are not.
+The model is simulated; the scheduler and vLLM's KV cache manager are not.
+
+Three mixes, each with ten updates of a context before every step:
+
+- `streams`: all requests are open prompts, most of them idle, as in a crawl.
+- `answers`: every second one is being answered, a token at each step.
+- `pressed`: streams in half the memory that they would need.
+
+`make bench-plan`; the last line is a JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 
-from engine_adapter.scheduling.plan import View, plan
-from engine_adapter.scheduling.policies import POLICIES, Policy, order
+from engine_adapter.scheduling.plan import Plan
+from engine_adapter.scheduling.policies import POLICIES
+from engine_adapter.simulated.engine import SimulatedEngine
+from engine_adapter.simulated.hardware import H200X2, LLAMA_3_1_8B
 
-SIZES = (100, 500, 1000, 5000)
+SIZES = (100, 500)
+MIXES = ("streams", "answers", "pressed")
 GOAL_US = 100.0
-STEP_TOKENS = 8192
+PROMPT_TOKENS = 256
+UPDATES_PER_STEP = 10
 
 
-def stream_mix(rng: random.Random, i: int) -> View:
-    """One of a crawl's requests: mostly idle open prompts, some with work, some full."""
-    full, idle = rng.random() < 0.1, rng.random() < 0.8
-    arrival_s, computed = rng.uniform(0, 20), rng.randrange(0, 9000)
-    held = -(-computed // 16)
-    return View(
-        request_id=f"r{i}",
-        full=full,
-        arrival_s=arrival_s,
-        last_input_s=arrival_s + rng.uniform(0, 9),
-        computed_tokens=computed,
-        remaining_tokens=0 if idle and not full else rng.randrange(1, 2000),
-        held_blocks=held,
-        needed_blocks=held + 10,
-        divisible=not full,
-        step_tokens=STEP_TOKENS,
+def measure_us(mix: str, policy: str, size: int, steps: int, seed: int) -> list[float]:
+    """Microseconds that each step's decision took."""
+    rng = random.Random(seed)
+    room_tokens = size * (PROMPT_TOKENS + 1024) if mix != "pressed" else size * PROMPT_TOKENS // 2
+    weights = (LLAMA_3_1_8B.weight_bytes + LLAMA_3_1_8B.kv_bytes_per_token * room_tokens) / 2
+    memory = (weights + H200X2.activation_bytes) / H200X2.memory_utilization
+    engine = SimulatedEngine(
+        replace(H200X2, memory_bytes=memory), LLAMA_3_1_8B, policy=policy, max_requests=size
     )
+    streams = range(size if mix != "answers" else size // 2)
+    contexts = {i: [i << 16 | n for n in range(PROMPT_TOKENS)] for i in streams}
+    for i, context in contexts.items():
+        engine.open(str(i), context)
+    for i in range(len(streams), size):
+        tokens = [i << 16 | n for n in range(PROMPT_TOKENS)]
+        engine.finish(str(i), tokens, None, max_tokens=steps + size)
+    while any(r.is_prefill_chunk for r in engine.scheduler.running) or engine.counters.steps == 0:
+        engine.step()
+    for _ in range(-(-size * PROMPT_TOKENS // 2048)):
+        engine.step()
 
+    taken: list[float] = []
+    decide = engine.scheduler.decide
 
-def answer_mix(rng: random.Random, i: int) -> View:
-    """A request that is being answered, one token a step."""
-    arrival_s, computed = rng.uniform(0, 20), rng.randrange(100, 9000)
-    held = -(-computed // 16)
-    return View(
-        request_id=f"r{i}",
-        full=True,
-        arrival_s=arrival_s,
-        last_input_s=arrival_s,
-        computed_tokens=computed,
-        remaining_tokens=1,
-        held_blocks=held,
-        needed_blocks=held,
-        decoding=True,
-        running=True,
-        step_tokens=STEP_TOKENS,
-    )
-
-
-MIXES: dict[str, Callable[[random.Random, int], View]] = {
-    "streams": stream_mix,
-    "answers": answer_mix,
-}
-
-
-def measure_us(views: list[View], policy: Policy, repeats: int) -> list[float]:
-    """Microseconds of each repetition of order and plan."""
-    taken = []
-    for _ in range(repeats):
+    def timed() -> Plan:
         begun_ns = time.perf_counter_ns()
-        plan(
-            order(views, policy),
-            budget_tokens=STEP_TOKENS,
-            free_blocks=1000,
-            slots=1024,
-            may_take=policy.may_take,
-        )
+        plan = decide()
         taken.append((time.perf_counter_ns() - begun_ns) / 1000)
+        return plan
+
+    engine.scheduler.decide = timed  # type: ignore[method-assign]
+    for step in range(steps):
+        for i in rng.sample(streams, UPDATES_PER_STEP):
+            keep = rng.randrange(PROMPT_TOKENS)
+            new = [(size + step) << 16 | n for n in range(PROMPT_TOKENS - keep)]
+            engine.extend(str(i), keep, new)
+        engine.step()
     return taken
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
           f"Python {platform.python_version()}; seed {options.seed}; microseconds, "
-          f"P50 (P99) of {options.repeats}; goal at 500: P50 {GOAL_US:g}")  # fmt: skip
+          f"P50 (P99) of {options.steps} steps; goal at 500: P50 {GOAL_US:g}")  # fmt: skip
     print(f"{'mix and policy':20}" + "".join(f"{n:>18}" for n in SIZES))
     rows = {}
-    for mix, make in MIXES.items():
-        for policy in POLICIES.values():
+    for mix in MIXES:
+        for policy in POLICIES:
             line = []
             for size in SIZES:
-                rng = random.Random(options.seed)
-                views = [make(rng, i) for i in range(size)]
-                cuts = statistics.quantiles(measure_us(views, policy, options.repeats), n=100)
+                taken = measure_us(mix, policy, size, options.steps, options.seed)
+                cuts = statistics.quantiles(taken, n=100)
                 line.append((round(cuts[49], 1), round(cuts[98], 1)))
-            rows[f"{mix} {policy.name}"] = dict(zip(map(str, SIZES), line, strict=True))
+            rows[f"{mix} {policy}"] = dict(zip(map(str, SIZES), line, strict=True))
             cells = "".join(f"{f'{p50:.0f} ({p99:.0f})':>18}" for p50, p99 in line)
-            print(f"{mix + ' ' + policy.name:20}{cells}")
+            print(f"{mix + ' ' + policy:20}{cells}", flush=True)
     print(json.dumps({"benchmark": "plan", "unit": "us", "goal_us": GOAL_US, "rows": rows}))
     return 0
 

@@ -1,46 +1,18 @@
 """Who computes in the next step, and whose KV goes to make room.
 
-Pure: no vLLM, no clock, no I/O. A scheduler describes its requests as `View`s, orders them
-by a policy (`policies.py`), asks `plan` for a `Plan`, and carries it out.
+Pure: no vLLM, no clock, no I/O. A scheduler keeps its requests, as `View`s, in an `Order`; asks
+`plan` for a `Plan`, and carries it out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """One unfinished request as a policy and the planner see it."""
-
-    request_id: str
-    full: bool
-    """Its input is complete; False while chunks may still come (a partial request)."""
-    arrival_s: float
-    """When its first input arrived. Any clock, the same for all views."""
-    last_input_s: float
-    """When its newest input arrived."""
-    computed_tokens: int
-    remaining_tokens: int
-    """Tokens it could compute now."""
-    held_blocks: int
-    """KV blocks it holds, shared ones included."""
-    needed_blocks: int
-    """KV blocks it must hold before it may compute anything in this step."""
-    decoding: bool = False
-    """Its prompt is computed and it produces output."""
-    running: bool = False
-    """It occupies a slot of the running batch and keeps it, granted or not."""
-    divisible: bool = False
-    """Its tail blocks can be taken alone; otherwise a victim loses everything."""
-    pinned: bool = False
-    """Its blocks can't be taken (a transfer writes to them)."""
-    priority: int = 0
-    """The engine's own request priority: lower goes first."""
-    step_tokens: int = 1
-    """Tokens that the engine computes in one full step."""
+from engine_adapter.scheduling.order import Entry, Order
+from engine_adapter.scheduling.view import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +28,18 @@ class Plan:
     """One step: how many tokens each request may compute, and who loses what first."""
 
     grants: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Tokens by request id; who is not in it waits."""
+    """Tokens by request id, the most urgent first; who is not in it waits."""
     evictions: Sequence[Eviction] = ()
 
 
 def plan(
-    order: Sequence[View],
+    order: Order,
     *,
     budget_tokens: int,
     free_blocks: int,
     slots: int,
-    speculative_tokens: int | None = None,
+    watermark_blocks: int = 0,
     freeable_blocks: Callable[[View], int] = lambda view: view.held_blocks,
-    may_take: Callable[[View, View], bool] = lambda taker, victim: taker.full,
 ) -> Plan:
     """Walk the requests in the order of the policy and grant while the step has room.
 
@@ -77,55 +48,94 @@ def plan(
     nobody overtakes it; a partial one, which computes ahead of its need, is passed over.
 
     Args:
-        order: all unfinished requests, the most urgent first.
+        order: all unfinished requests.
         budget_tokens: tokens the step can compute.
         free_blocks: KV blocks nobody holds.
-        slots: requests the running batch can have.
-        speculative_tokens: how many of them partial requests may have; None for all.
-        freeable_blocks: blocks that taking everything from a request would give back; fewer
+        slots: requests the running batch can have besides the full ones that are in it: those
+            keep their slots, granted or not.
+        watermark_blocks: KV blocks that must stay free when a request joins the batch.
+        freeable_blocks: blocks that taking everything from a request would give back now; fewer
             than it holds where it shares some. Asked only of victims.
-        may_take: whether the first request may be given blocks of the second.
     """
+    speculative = order.policy.speculative_tokens(budget_tokens)
     grants: dict[str, int] = {}
-    evictions: dict[str, Eviction] = {}
-    slots -= sum(view.running for view in order)
-    speculative = budget_tokens if speculative_tokens is None else speculative_tokens
-    behind = len(order)  # those from here on have nothing left to take
-    for place, view in enumerate(order):
-        if budget_tokens <= 0:
-            break
-        if view.request_id in evictions:  # has just lost its blocks
+    purse = _Purse(order, free_blocks, freeable_blocks)
+    evicted = purse.evictions
+    for entry in order.ready:
+        view = entry[2]
+        if view.request_id in evicted:  # has just lost its blocks
             continue
-        grant = min(view.remaining_tokens, budget_tokens)
-        if not view.full:
-            grant = min(grant, speculative)
-        if grant <= 0 or (slots <= 0 and not view.running):
+        full, running = view.full, view.running
+        most = budget_tokens if full else min(budget_tokens, speculative)
+        grant = view.remaining_tokens if view.remaining_tokens < most else most
+        stays = running and full
+        if grant <= 0 or (slots <= 0 and not stays):
             continue
         missing = view.needed_blocks - view.held_blocks
-        found: list[Eviction] = []
-        asked = behind
-        while missing > free_blocks and asked - 1 > place:
-            asked -= 1
-            victim = order[asked]
-            if victim.request_id in evictions or not may_take(view, victim):
-                continue
-            freed = 0 if victim.pinned or not victim.held_blocks else freeable_blocks(victim)
-            if freed <= 0:
-                continue
-            taken = min(freed, missing - free_blocks) if victim.divisible else freed
-            keep = victim.held_blocks - taken if victim.divisible else 0
-            found.append(Eviction(victim.request_id, keep))
-            missing -= taken
-        if missing > free_blocks and not view.full:
+        wanted = missing if running else missing + watermark_blocks
+        if wanted > purse.free_blocks and not purse.fill(entry, wanted):
+            if full:
+                break
             continue
-        evictions.update((eviction.request_id, eviction) for eviction in found)
-        if view.full:  # it has asked everybody behind it
-            behind = asked
-        if missing > free_blocks:
-            break
+        if missing > 0:
+            purse.free_blocks -= missing
         grants[view.request_id] = grant
         budget_tokens -= grant
-        speculative -= 0 if view.full else grant
-        free_blocks -= missing if missing > 0 or found else 0
-        slots -= not view.running
-    return Plan(grants, tuple(evictions.values()))
+        if budget_tokens <= 0:
+            break
+        if not full:
+            speculative -= grant
+        if not stays:
+            slots -= 1
+    return Plan(grants, tuple(evicted.values()))
+
+
+class _Purse:
+    """The blocks of a step: those that are free, and those that can be taken."""
+
+    def __init__(
+        self, order: Order, free_blocks: int, freeable_blocks: Callable[[View], int]
+    ) -> None:
+        self.free_blocks = free_blocks
+        self.evictions: dict[str, Eviction] = {}
+        self._policy = order.policy
+        self._holders = order.holders
+        self._freeable_blocks = freeable_blocks
+        self._asked = len(order.holders)  # by full requests: from here on there is nothing to take
+        self._reach: float = math.inf
+        """Blocks that the last partial request found, in vain; those after it find no more."""
+
+    def fill(self, taker: Entry, wanted: int) -> bool:
+        """Evict until `wanted` blocks are free, from the back on; False if they never are.
+
+        For a partial request only if it then fits; a full one waits in front of all others, so
+        what it has found so far is freed for it already.
+        """
+        full = taker[2].full
+        lacking = wanted - self.free_blocks
+        if not full and (not self._policy.partial_takes or lacking > self._reach):
+            return False
+        found: list[Eviction] = []
+        freed = 0
+        at = self._asked
+        while freed < lacking and at > 0 and (entry := self._holders[at - 1]) > taker:
+            at -= 1
+            victim = entry[2]
+            if victim.request_id in self.evictions or not self._policy.may_take(taker[2], victim):
+                continue
+            freeable = self._freeable_blocks(victim)
+            if freeable <= 0:
+                continue
+            taken = min(freeable, lacking - freed) if victim.divisible else freeable
+            keep = victim.held_blocks - taken if victim.divisible else 0
+            found.append(Eviction(victim.request_id, keep))
+            freed += taken
+        fits = freed >= lacking
+        if not full and not fits:
+            self._reach = freed
+            return False
+        self.evictions.update((eviction.request_id, eviction) for eviction in found)
+        self.free_blocks += freed
+        if full:
+            self._asked = at
+        return fits

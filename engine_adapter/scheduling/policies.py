@@ -17,12 +17,12 @@ named after those of Stream2LLM (arXiv 2604.16395) order exactly as defined ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from engine_adapter.scheduling.plan import View
+from engine_adapter.scheduling.view import View
 
 Key = Callable[[View], Any]
 
@@ -120,8 +120,3 @@ def named(name: str) -> Policy:
         return POLICIES[name]
     except KeyError:
         raise ValueError(f"no policy {name!r}; there are {', '.join(POLICIES)}") from None
-
-
-def order(views: Iterable[View], policy: Policy) -> list[View]:
-    """The views, the most urgent first; ties keep the order they came in."""
-    return sorted(views, key=policy.key)

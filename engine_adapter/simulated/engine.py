@@ -63,7 +63,7 @@ class SimulatedEngine:
         init_none_hash(hash_fn)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hash_fn)
         self.scheduler = _scheduler(self.model, blocks, self.step_tokens, self.max_requests)
-        self.scheduler.policy = policies.named(self.policy)
+        self.scheduler.set_policy(self.policy)
         self.scheduler._clock = lambda: self.now_s
 
     def open(self, prompt_id: str, tokens: list[int]) -> None:
@@ -75,10 +75,14 @@ class SimulatedEngine:
         answer = self.scheduler.extend_prompt(prompt_id, keep, tokens)
         self.counters.invalidated_tokens += int(answer["invalidated"])
 
-    def finish(self, request_id: str, tokens: list[int], prompt_id: str | None) -> None:
-        """Ask for one token behind the whole prompt, which an open prompt may have begun."""
+    def finish(
+        self, request_id: str, tokens: list[int], prompt_id: str | None, max_tokens: int = 1
+    ) -> None:
+        """Ask for an answer to the whole prompt, which an open prompt may have begun."""
         extra = None if prompt_id is None else {ADOPT: prompt_id}
-        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, extra_args=extra)
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra
+        )
         request = Request(
             request_id=request_id,
             prompt_token_ids=tokens,

@@ -29,18 +29,25 @@ class BlockTables:
     def __init__(self, manager: KVCacheManager) -> None:
         self._pool = manager.block_pool
         self._groups: Sequence[SingleTypeKVCacheManager] = manager.coordinator.single_type_managers
+        self._only = self._groups[0] if len(self._groups) == 1 else None  # asked very often
         self.can_inherit = all(type(g) is FullAttentionManager for g in self._groups)
         """Sliding-window, state-space and other layouts keep more than a list of blocks per
         request; there a successor finds its prefix through the prefix cache instead."""
-        self.block_size = max(g.block_size for g in self._groups)
+        self.block_size: int = max(g.block_size for g in self._groups)
         """Tokens; a multiple of every group's block size."""
+        self.smallest_block: int = min(g.block_size for g in self._groups)
+        """Tokens."""
 
     def needed(self, tokens: int) -> int:
         """Blocks that this many tokens occupy."""
+        if self._only is not None:
+            return -(-tokens // self.block_size)
         return sum(-(-tokens // g.block_size) for g in self._groups)
 
     def held(self, request_id: str) -> int:
         """Blocks a request holds, shared ones included."""
+        if self._only is not None:
+            return len(self._only.req_to_blocks.get(request_id, ()))
         return sum(len(g.req_to_blocks.get(request_id, ())) for g in self._groups)
 
     def exclusive(self, request_id: str) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from engine_adapter.scheduling import policies
-from engine_adapter.scheduling.plan import Plan, View, plan
+from engine_adapter.scheduling.order import Order
+from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
+from engine_adapter.scheduling.view import View
 from engine_adapter.vllm.kv import BlockTables
 
 if TYPE_CHECKING:
@@ -96,7 +98,13 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._last_input_s: dict[str, float] = {}  # of the answers to open prompts
         self._clock: Callable[[], float] = time.time
-        self.policy = policies.named(_settings(self.vllm_config).get("policy", DEFAULT_POLICY))
+        policy = _settings(self.vllm_config).get("policy", DEFAULT_POLICY)
+        self._order = Order(policies.named(policy))
+        self._by_request: dict[str, OpenPrompt] = {}
+        self._touched: dict[str, None] = {}  # request ids whose views may be out of date
+        self._deferred: dict[str, None] = {}  # those that vLLM kept back a step ago
+        self._steady: dict[str, range] = {}
+        """Of answers: the computed tokens for which the view of a request stands."""
 
     # Operations. Called between steps, on the thread of the engine's loop.
 
@@ -106,7 +114,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """Begin a prompt; the caller has checked that the id is free."""
         now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
-        self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
+        prompt = self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
+        self._know(prompt)
         self._replan = True
         return self.status(prompt_id)
 
@@ -121,7 +130,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         pool = self.kv_cache_manager.block_pool
         free_before = pool.get_num_free_blocks()
         self._renew(prompt, prompt.request.prompt_token_ids[:keep] + tokens, keep)
-        prompt.last_input_s = self._clock()
+        prompt.last_input_s = self._clock()  # its new request is touched already
         self._replan = True
         given_back = max(before - prompt.request.num_computed_tokens, 0)
         freed = max(pool.get_num_free_blocks() - free_before, 0)
@@ -131,6 +140,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """Forget a prompt and free its blocks; an unknown one is no error."""
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
+            self._forget(prompt)
             self._free_request_blocks(prompt.request)
             self._replan = True
 
@@ -152,7 +162,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         Raises:
             ValueError: there is none of that name.
         """
-        self.policy = policies.named(policy)
+        self._order = Order(policies.named(policy), self._order.views())
         self._replan = True
 
     def load(self) -> dict[str, int | str]:
@@ -166,7 +176,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "waiting": waiting,
             "open_prompts": len(self._prompts),
             "preemptions": self._preemptions,
-            "policy": self.policy.name,
+            "policy": self._order.policy.name,
         }
 
     # What vLLM calls.
@@ -177,6 +187,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         prompt = self._prompts.pop(extra.get(ADOPT, ""), None)
         if prompt is not None:
             self._withdraw(prompt)
+            self._forget(prompt)
             self._inherit(prompt.request, request, request.num_tokens)
             request.arrival_time = prompt.opened_s
             self._last_input_s[request.request_id] = self._clock()
@@ -186,10 +197,14 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_local_cached_tokens=request.num_computed_tokens,
                     num_external_cached_tokens=0,
                 )
+        self._touched[request.request_id] = None
         super().add_request(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._last_input_s.pop(request.request_id, None)
+        self._steady.pop(request.request_id, None)
+        self._touched.pop(request.request_id, None)
+        self._order.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def has_requests(self) -> bool:
@@ -203,7 +218,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         # vLLM alone never takes blocks from them, and they could wait for each other.
         if not self._prompts and not self.kv_holding_waiting:
             return super().schedule(throttle_prefills)
-        hidden = self._carry_out(self._decide())
+        hidden = self._carry_out(self.decide())
         try:
             return super().schedule(throttle_prefills)
         finally:
@@ -212,6 +227,20 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._enqueue_waiting_request(request)
             if self._check:
                 self.check_blocks()
+                self.check_order()
+
+    def check_order(self) -> None:
+        """Raise RuntimeError if the order does not show all requests as they are now."""
+        self._refresh()
+        prompts = (self._view_of_prompt(prompt) for prompt in self._prompts.values())
+        requests = itertools.chain(self.running, self.kv_holding_waiting, self.waiting)
+        others = (
+            self._view_of_request(r) for r in requests if r.request_id not in self._by_request
+        )
+        now = {view.request_id: view for view in itertools.chain(prompts, others)}
+        known = {view.request_id: view for view in self._order.views()}
+        if now != known:
+            raise RuntimeError(f"requests are {now}, planned would be {known}")
 
     def check_blocks(self) -> None:
         """Raise RuntimeError if the block accounts do not balance."""
@@ -235,86 +264,129 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
-            prompt = self._partial.get(request_id)
-            if prompt is not None and not prompt.remaining_tokens:
-                self._withdraw(prompt)
+            if (prompt := self._partial.get(request_id)) is not None:
+                self._touched[request_id] = None
+                if not prompt.remaining_tokens:
+                    self._withdraw(prompt)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
+        self._touched[request.request_id] = None
         self._preemptions += 1
 
     # Decide.
 
-    def _decide(self) -> Plan:
-        config = self.scheduler_config
-        budget = min(self.max_num_scheduled_tokens, config.max_num_batched_tokens)
+    def decide(self) -> Plan:
+        """What the next step is to compute, and whose KV goes for it; changes nothing."""
+        self._refresh()
+        partial = sum(
+            prompt.request.status == RequestStatus.RUNNING for prompt in self._partial.values()
+        )
         return plan(
-            policies.order(self._views(), self.policy),
-            budget_tokens=budget,
-            speculative_tokens=self.policy.speculative_tokens(budget),
+            self._order,
+            budget_tokens=self._step_tokens,
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
-            slots=self.max_num_active_reqs,
-            freeable_blocks=lambda view: self._tables.exclusive(view.request_id),
-            may_take=self.policy.may_take,
+            slots=self.max_num_active_reqs - (len(self.running) - partial),
+            watermark_blocks=self.kv_cache_manager.watermark_blocks if self.running else 0,
+            freeable_blocks=self._freeable_blocks,
         )
 
-    def _views(self) -> Iterator[View]:
-        for prompt in self._prompts.values():
-            yield self._view_of_prompt(prompt)
-        for request in itertools.chain(self.running, self.kv_holding_waiting, self.waiting):
-            if request.request_id not in self._partial:
-                yield self._view_of_request(request)
+    @property
+    def _step_tokens(self) -> int:
+        tokens: int = min(
+            self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
+        )
+        return tokens
+
+    def _freeable_blocks(self, view: View) -> int:
+        """Blocks that come free if everything is taken from a request."""
+        request = self.requests.get(view.request_id)
+        if request is not None and (
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            or not self._request_blocks_can_be_freed(request)
+        ):
+            return 0
+        return self._tables.exclusive(view.request_id)
+
+    def _refresh(self) -> None:
+        """Bring the order up to date: what was touched, what runs, what vLLM holds back."""
+        steady = self._steady
+        for request in self.running:
+            request_id = request.request_id
+            stands = steady.get(request_id)
+            if stands is None or request.num_computed_tokens not in stands:
+                self._touched[request_id] = None
+        deferred = {request.request_id: None for request in self.deferred_waiting}
+        for request_id in self._touched | deferred | self._deferred:
+            if (prompt := self._by_request.get(request_id)) is not None:
+                self._order.put(self._view_of_prompt(prompt))
+            elif (request := self.requests.get(request_id)) is not None:
+                self._order.put(self._view_of_request(request))
+        self._touched.clear()
+        self._deferred = deferred
+
+    def _know(self, prompt: OpenPrompt) -> None:
+        request_id = prompt.request.request_id
+        self._by_request[request_id] = prompt
+        self._touched[request_id] = None
+
+    def _forget(self, prompt: OpenPrompt) -> None:
+        request_id = prompt.request.request_id
+        del self._by_request[request_id]
+        self._order.discard(request_id)
 
     def _view_of_prompt(self, prompt: OpenPrompt) -> View:
         request = prompt.request
         running = request.status == RequestStatus.RUNNING
-        remaining = min(prompt.remaining_tokens, self.max_num_scheduled_tokens)
-        tokens = request.num_computed_tokens + remaining if running else request.num_tokens
+        remaining, step_tokens = prompt.remaining_tokens, self._step_tokens
+        step = remaining if remaining < step_tokens else step_tokens
+        tokens = request.num_computed_tokens + step if running else request.num_tokens
         return View(
             request_id=request.request_id,
             full=False,
             arrival_s=prompt.opened_s,
             last_input_s=prompt.last_input_s,
             computed_tokens=request.num_computed_tokens,
-            remaining_tokens=prompt.remaining_tokens,
+            remaining_tokens=remaining,
             held_blocks=self._tables.held(request.request_id),
-            needed_blocks=self._tables.needed(tokens) + self._watermark(running),
+            needed_blocks=self._tables.needed(tokens),
+            running=running,
             divisible=self._tables.can_inherit,
-            step_tokens=self.max_num_scheduled_tokens,
+            step_tokens=step_tokens,
         )
 
     def _view_of_request(self, request: Request) -> View:
+        request_id = request.request_id
         running = request.status == RequestStatus.RUNNING
-        remaining = (
-            request.num_tokens_with_spec
-            + request.num_output_placeholders
-            - request.num_computed_tokens
-        )
-        step = min(remaining, self.max_num_scheduled_tokens) + self.num_lookahead_tokens
+        decoding = running and not request.is_prefill_chunk
+        computed = request.num_computed_tokens
+        remaining = request.num_tokens_with_spec + request.num_output_placeholders - computed
+        step_tokens = self._step_tokens
+        step = min(remaining, step_tokens) + self.num_lookahead_tokens
         # vLLM admits a waiting request only if its whole sequence fits.
-        tokens = request.num_computed_tokens + step if running else request.num_tokens
+        tokens = computed + step if running else request.num_tokens
+        held = self._tables.held(request_id)
+        needed = self._tables.needed(min(tokens, self.max_model_len))
+        self._steady.pop(request_id, None)
+        if decoding:
+            block = self._tables.smallest_block
+            computed -= computed % block
+            if remaining == 1 and needed <= held:  # until a token begins a block
+                self._steady[request_id] = range(computed, computed + block - step)
         return View(
-            request_id=request.request_id,
+            request_id=request_id,
             full=True,
             arrival_s=request.arrival_time,
-            last_input_s=self._last_input_s.get(request.request_id, request.arrival_time),
-            computed_tokens=request.num_computed_tokens,
+            last_input_s=self._last_input_s.get(request_id, request.arrival_time),
+            computed_tokens=computed,
             remaining_tokens=remaining,
-            held_blocks=self._tables.held(request.request_id),
-            needed_blocks=self._tables.needed(min(tokens, self.max_model_len))
-            + self._watermark(running),
-            decoding=running and not request.is_prefill_chunk,
+            held_blocks=held,
+            needed_blocks=needed,
+            decoding=decoding,
             running=running,
-            pinned=request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
-            or not self._request_blocks_can_be_freed(request),
             priority=request.priority,
-            step_tokens=self.max_num_scheduled_tokens,
+            step_tokens=step_tokens,
         )
-
-    def _watermark(self, running: bool) -> int:
-        """Blocks that vLLM wants to stay free when it admits a request beside running ones."""
-        watermark: int = self.kv_cache_manager.watermark_blocks
-        return watermark if self.running and not running else 0
 
     # Make room, and show vLLM what it may schedule.
 
@@ -325,18 +397,16 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         for this step, because vLLM stops at the first waiting request it can't schedule.
         """
         self._grants = dict(decided.grants)
-        by_request = {p.request.request_id: p for p in self._prompts.values()}
         for eviction in decided.evictions:
-            prompt = by_request.pop(eviction.request_id, None)
+            prompt = self._by_request.get(eviction.request_id)
             if prompt is None:
                 self._evict_request(self.requests[eviction.request_id])
             else:
                 self._evict_prompt(prompt, eviction.keep_blocks)
-        for request_id, prompt in by_request.items():
-            if request_id in self._grants:
-                self._activate(prompt)
-            elif prompt.scheduled:
-                self._renew(prompt, prompt.request.prompt_token_ids, prompt.request.num_tokens)
+        for prompt in [p for i in self._grants if (p := self._by_request.get(i)) is not None]:
+            self._activate(prompt)
+        for prompt in [p for i, p in self._partial.items() if i not in self._grants]:
+            self._renew(prompt, prompt.request.prompt_token_ids, prompt.request.num_tokens)
         rank = {request_id: i for i, request_id in enumerate(self._grants)}
         self.running.sort(key=lambda r: rank.get(r.request_id, len(rank)))
         return self._hide_waiting(rank)
@@ -358,6 +428,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         self.kv_holding_waiting.remove_requests([request])
         self._free_request_blocks(request)
+        self._touched[request.request_id] = None
         request.num_computed_tokens = 0
         self._preemptions += 1
         self._enqueue_waiting_request(request)
@@ -392,6 +463,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         )
         if taken is not None:
             request.num_computed_tokens = hit_tokens
+            self._touched[request.request_id] = None
         return taken is not None
 
     # Versions.
@@ -426,6 +498,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """
         old = prompt.request
         self._withdraw(prompt)
+        self._forget(prompt)
         same = min(keep, len(tokens)) // self.hash_block_size
         prompt.request = self._version(
             prompt.prompt_id,
@@ -435,6 +508,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             old._block_hasher,
             old.block_hashes[:same],
         )
+        self._know(prompt)
         self._inherit(old, prompt.request, keep)
 
     def _inherit(self, old: Request, new: Request, keep: int) -> None:
@@ -465,6 +539,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         request = prompt.request
         prompt.scheduled = False
+        self._touched[request.request_id] = None
         del self._partial[request.request_id]
         del self.requests[request.request_id]
         self._inflight_prefills.discard(request)

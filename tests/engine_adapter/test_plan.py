@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.scheduling import policies
-from engine_adapter.scheduling.plan import Eviction, Plan, View, plan
+from engine_adapter.scheduling.order import Order
+from engine_adapter.scheduling.plan import Eviction, Plan, plan
+from engine_adapter.scheduling.policies import Policy
+from engine_adapter.scheduling.view import View
+
+AS_GIVEN = Policy("as given", lambda v: (), lambda v: v.arrival_s, partial_takes=False)
 
 
 def view(name: str, **values: object) -> View:
@@ -23,8 +28,16 @@ def view(name: str, **values: object) -> View:
     return View(request_id=name, **(defaults | values))  # type: ignore[arg-type]
 
 
-def planned(*order: View, budget: int = 100, free: int = 100, slots: int = 100) -> Plan:
-    return plan(order, budget_tokens=budget, free_blocks=free, slots=slots)
+def planned(
+    *views: View, budget: int = 100, free: int = 100, slots: int = 100, **more: int
+) -> Plan:
+    order = Order(AS_GIVEN, views)
+    slots -= sum(v.running and v.full for v in views)
+    return plan(order, budget_tokens=budget, free_blocks=free, slots=slots, **more)
+
+
+def pinned_blocks(view: View) -> int:
+    return 0 if view.request_id.startswith("pinned") else view.held_blocks
 
 
 def test_tokens_go_to_the_first_until_the_step_is_full() -> None:
@@ -58,8 +71,17 @@ def test_nobody_overtakes_a_full_request_that_does_not_fit() -> None:
 
 
 def test_pinned_blocks_stay() -> None:
-    pinned = view("b", held_blocks=9, pinned=True)
-    assert planned(view("a", needed_blocks=2), pinned, free=1).evictions == ()
+    order = Order(AS_GIVEN, [view("a", needed_blocks=2), view("pinned", held_blocks=9)])
+    result = plan(order, budget_tokens=9, free_blocks=1, slots=9, freeable_blocks=pinned_blocks)
+    assert result == Plan({}, ())
+
+
+def test_the_watermark_stays_free_when_a_request_joins_but_is_not_spent() -> None:
+    joining, running = view("a", needed_blocks=4), view("b", needed_blocks=4, running=True)
+    assert planned(joining, free=5, watermark_blocks=2).grants == {}
+    assert planned(running, free=4, watermark_blocks=2).grants == {"b": 10}
+    two = planned(joining, view("c", needed_blocks=4), free=10, watermark_blocks=2)
+    assert set(two.grants) == {"a", "c"}
 
 
 def test_slots_bound_who_joins_but_not_who_is_there() -> None:
@@ -75,7 +97,7 @@ def test_answers_first_then_full_then_partial_then_idle() -> None:
         view("early", last_input_s=2),
         view("answering", decoding=True, arrival_s=9),
     ]
-    names = [v.request_id for v in policies.order(views, policies.named("srpf"))]
+    names = [v.request_id for v in Order(policies.named("srpf"), views)]
     assert names == ["answering", "early", "late", "partial", "idle"]
 
 
@@ -99,7 +121,7 @@ BOTH_KINDS = (
     ],
 )
 def test_the_order_of_each_policy(policy: str, expected: list[str]) -> None:
-    ordered = policies.order(BOTH_KINDS, policies.named(policy))
+    ordered = Order(policies.named(policy), BOTH_KINDS)
     assert [v.request_id for v in ordered] == expected
 
 
@@ -108,7 +130,7 @@ def test_the_shortest_prefill_goes_first_until_a_longer_one_has_waited() -> None
 
     def first_of(rival_since_s: float) -> str:
         short = view("short", remaining_tokens=100, last_input_s=rival_since_s, step_tokens=100)
-        return policies.order([long, short], policies.named("srpf"))[0].request_id
+        return next(iter(Order(policies.named("srpf"), [long, short]))).request_id
 
     assert first_of(0.0) == "short"
     assert first_of(1.9) == "short"
@@ -120,14 +142,12 @@ def test_speculation_leaves_the_rest_of_a_step_to_full_requests() -> None:
     assert srpf.speculative_tokens(8192) == 2048
     assert srpf.speculative_tokens(128) >= 128, "short steps are not cut further"
     partial = [view(f"p{i}", full=False, remaining_tokens=60, arrival_s=i) for i in range(3)]
-    grants = plan(
-        [*partial, view("full", remaining_tokens=60)],
-        budget_tokens=200,
-        free_blocks=100,
-        slots=100,
-        speculative_tokens=90,
-    ).grants
-    assert grants == {"p0": 60, "p1": 30, "full": 60}
+    order = Order(policies.named("srpf"), [*partial, view("full", remaining_tokens=500)])
+    grants = plan(order, budget_tokens=600, free_blocks=100, slots=100).grants
+    assert grants == {"full": 500, "p0": 60, "p1": 40}
+    order = Order(srpf, [view(f"p{i}", full=False, remaining_tokens=900) for i in range(3)])
+    grants = plan(order, budget_tokens=8192, free_blocks=100, slots=100).grants
+    assert grants == {"p0": 900, "p1": 900, "p2": 248}
 
 
 def test_an_unknown_policy_is_named_with_those_there_are() -> None:
@@ -143,8 +163,8 @@ def test_a_partial_request_takes_only_from_partial_ones_of_a_higher_rank() -> No
     full = view("f", arrival_s=3, held_blocks=9, remaining_tokens=0)
 
     def victims(*others: View) -> list[str]:
-        ordered = policies.order([taker, *others], fcfs)
-        result = plan(ordered, budget_tokens=9, free_blocks=0, slots=9, may_take=fcfs.may_take)
+        order = Order(fcfs, [taker, *others])
+        result = plan(order, budget_tokens=9, free_blocks=0, slots=9)
         return [e.request_id for e in result.evictions]
 
     assert victims(earlier, full) == []
@@ -154,16 +174,16 @@ def test_a_partial_request_takes_only_from_partial_ones_of_a_higher_rank() -> No
 def test_nobody_loses_blocks_to_a_partial_request_that_does_not_fit_even_so() -> None:
     taker = view("t", full=False, needed_blocks=40)
     victim = view("v", full=False, arrival_s=1, held_blocks=9, remaining_tokens=0)
-    order = [taker, victim]
-    may_take = policies.named("fcfs").may_take
-    result = plan(order, budget_tokens=9, free_blocks=0, slots=9, may_take=may_take)
+    order = Order(policies.named("fcfs"), [taker, victim])
+    result = plan(order, budget_tokens=9, free_blocks=0, slots=9)
     assert result == Plan({}, ())
 
 
 sizes = st.integers(0, 12)
+names = st.integers(0, 30).map("r{}".format) | st.integers(0, 9).map("pinned{}".format)
 any_view = st.builds(
     View,
-    request_id=st.uuids().map(str),
+    request_id=names,
     full=st.booleans(),
     arrival_s=st.floats(0, 100),
     last_input_s=st.floats(0, 100),
@@ -174,40 +194,70 @@ any_view = st.builds(
     decoding=st.booleans(),
     running=st.booleans(),
     divisible=st.booleans(),
-    pinned=st.booleans(),
 )
+
+
+unlike = st.lists(any_view, max_size=12, unique_by=lambda v: v.request_id)
 
 
 @given(
-    views=st.lists(any_view, max_size=12),
+    views=unlike,
     budget=st.integers(0, 60),
     free=st.integers(0, 30),
     slots=st.integers(0, 12),
+    watermark=st.integers(0, 3),
     policy=st.sampled_from(sorted(policies.POLICIES)),
 )
 def test_a_plan_never_spends_what_the_step_does_not_have(
-    views: list[View], budget: int, free: int, slots: int, policy: str
+    views: list[View], budget: int, free: int, slots: int, watermark: int, policy: str
 ) -> None:
-    chosen = policies.named(policy)
-    ordered = policies.order(views, chosen)
     result = plan(
-        ordered,
+        Order(policies.named(policy), views),
         budget_tokens=budget,
         free_blocks=free,
         slots=slots,
-        may_take=chosen.may_take,
+        watermark_blocks=watermark,
+        freeable_blocks=pinned_blocks,
     )
     by_id = {v.request_id: v for v in views}
     assert sum(result.grants.values()) <= budget
     evicted = {e.request_id for e in result.evictions}
     assert not evicted & result.grants.keys(), "a victim computes"
-    assert not any(by_id[name].pinned for name in evicted)
+    assert not any(name.startswith("pinned") for name in evicted)
     freed = sum(by_id[e.request_id].held_blocks - e.keep_blocks for e in result.evictions)
     spent = sum(
         max(by_id[name].needed_blocks - by_id[name].held_blocks, 0) for name in result.grants
     )
+    joining = sum(not (by_id[name].running and by_id[name].full) for name in result.grants)
+    kept_free = watermark if any(not by_id[n].running for n in result.grants) else 0
     assert spent <= free + freed
-    joining = sum(not by_id[name].running for name in result.grants)
-    assert joining == 0 or joining <= slots - sum(v.running for v in views)
+    assert joining <= slots
+    assert kept_free == 0 or freed + free >= kept_free
     for eviction in result.evictions:
         assert 0 <= eviction.keep_blocks < by_id[eviction.request_id].held_blocks
+
+
+@given(
+    history=st.lists(st.tuples(names, any_view | st.none()), max_size=40),
+    policy=st.sampled_from(sorted(policies.POLICIES)),
+)
+def test_an_order_kept_through_changes_is_the_order_of_what_is_left(
+    history: list[tuple[str, View | None]], policy: str
+) -> None:
+    """Up to ties, whose order depends on who came first."""
+    chosen = policies.named(policy)
+    order, left = Order(chosen), dict[str, View]()
+    for name, view in history:
+        if view is None:
+            order.discard(name)
+            left.pop(name, None)
+        else:
+            order.put(view)
+            left[view.request_id] = view
+    assert {v.request_id: v for v in order} == left
+    assert [chosen.key(v) for v in order] == sorted(map(chosen.key, left.values()))
+    for entries, belongs in (
+        (order.ready, [v for v in order if v.remaining_tokens > 0]),
+        (order.holders, [v for v in order if v.held_blocks > 0]),
+    ):
+        assert [entry[2] for entry in entries] == belongs

@@ -52,7 +52,7 @@ class History:
         self.random.choice(actions)()
 
     def switch_policy(self) -> None:
-        self.engine.scheduler.policy = self.random.choice(list(POLICIES.values()))
+        self.engine.scheduler.set_policy(self.random.choice(list(POLICIES)))
 
     def do_step(self) -> None:
         self.engine.step()
