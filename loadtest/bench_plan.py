@@ -31,7 +31,7 @@ from engine_adapter.scheduling.policies import POLICIES
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.simulated.hardware import H200X2, LLAMA_3_1_8B
 
-SIZES = (100, 500)
+SIZES = (100, 500, 2000, 5000)
 MIXES = ("streams", "answers", "pressed")
 GOAL_US = 100.0
 PROMPT_TOKENS = 256

@@ -31,6 +31,8 @@ class Order:
         self.policy = policy
         self.ready: list[Entry] = []
         self.holders: list[Entry] = []
+        self.partial_tokens = 0
+        """What all partial requests together could compute now."""
         self._entries: dict[str, Entry] = {}
         self._numbers = itertools.count()
         for view in views:
@@ -57,6 +59,8 @@ class Order:
         self._entries[view.request_id] = entry
         if view.remaining_tokens > 0:
             insort(self.ready, entry)
+            if not view.full:
+                self.partial_tokens += view.remaining_tokens
         if view.held_blocks > 0:
             insort(self.holders, entry)
 
@@ -66,9 +70,12 @@ class Order:
             self._remove(entry)
 
     def _remove(self, entry: Entry) -> None:
-        if entry[2].remaining_tokens > 0:
+        view = entry[2]
+        if view.remaining_tokens > 0:
             del self.ready[bisect_left(self.ready, entry)]
-        if entry[2].held_blocks > 0:
+            if not view.full:
+                self.partial_tokens -= view.remaining_tokens
+        if view.held_blocks > 0:
             del self.holders[bisect_left(self.holders, entry)]
 
     def views(self) -> list[View]:

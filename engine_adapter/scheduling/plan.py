@@ -40,6 +40,9 @@ def plan(
     slots: int,
     watermark_blocks: int = 0,
     freeable_blocks: Callable[[View], int] = lambda view: view.held_blocks,
+    restore_s: Callable[[View, int], float] = lambda view, keep_blocks: (
+        view.held_blocks - keep_blocks
+    ),
 ) -> Plan:
     """Walk the requests in the order of the policy and grant while the step has room.
 
@@ -56,20 +59,30 @@ def plan(
         watermark_blocks: KV blocks that must stay free when a request joins the batch.
         freeable_blocks: blocks that taking everything from a request would give back now; fewer
             than it holds where it shares some. Asked only of victims.
+        restore_s: what it would cost to give a request back what it holds behind its first blocks,
+            whose number is the second argument.
     """
-    speculative = order.policy.speculative_tokens(budget_tokens)
+    policy = order.policy
+    speculative: int | None = None  # known at the first partial request
+    prefill_tokens = 0
     grants: dict[str, int] = {}
-    purse = _Purse(order, free_blocks, freeable_blocks)
+    purse = _Purse(order, free_blocks, freeable_blocks, restore_s)
     evicted = purse.evictions
     for entry in order.ready:
         view = entry[2]
         if view.request_id in evicted:  # has just lost its blocks
             continue
         full, running = view.full, view.running
-        most = budget_tokens if full else min(budget_tokens, speculative)
+        most = budget_tokens
+        if not full:
+            if speculative is None:
+                speculative = policy.speculative_tokens(prefill_tokens, order.partial_tokens)
+            if speculative <= 0:
+                break
+            most = min(most, speculative)
         grant = view.remaining_tokens if view.remaining_tokens < most else most
         stays = running and full
-        if grant <= 0 or (slots <= 0 and not stays):
+        if slots <= 0 and not stays:
             continue
         missing = view.needed_blocks - view.held_blocks
         wanted = missing if running else missing + watermark_blocks
@@ -83,24 +96,36 @@ def plan(
         budget_tokens -= grant
         if budget_tokens <= 0:
             break
-        if not full:
+        if speculative is not None and not full:
             speculative -= grant
+        elif not view.decoding:
+            prefill_tokens += grant
         if not stays:
             slots -= 1
     return Plan(grants, tuple(evicted.values()))
+
+
+WINDOW = 8
+"""Victims that are compared by cost at a time, from the back of the order: far enough to find a
+cheap one, near enough that rank still decides."""
 
 
 class _Purse:
     """The blocks of a step: those that are free, and those that can be taken."""
 
     def __init__(
-        self, order: Order, free_blocks: int, freeable_blocks: Callable[[View], int]
+        self,
+        order: Order,
+        free_blocks: int,
+        freeable_blocks: Callable[[View], int],
+        restore_s: Callable[[View, int], float],
     ) -> None:
         self.free_blocks = free_blocks
         self.evictions: dict[str, Eviction] = {}
-        self._policy = order.policy
+        self._partial_takes = order.policy.partial_takes
         self._holders = order.holders
         self._freeable_blocks = freeable_blocks
+        self._restore_s = restore_s
         self._asked = len(order.holders)  # by full requests: from here on there is nothing to take
         self._reach: float = math.inf
         """Blocks that the last partial request found, in vain; those after it find no more."""
@@ -113,29 +138,57 @@ class _Purse:
         """
         full = taker[2].full
         lacking = wanted - self.free_blocks
-        if not full and (not self._policy.partial_takes or lacking > self._reach):
+        if not full and (not self._partial_takes or lacking > self._reach):
             return False
         found: list[Eviction] = []
         freed = 0
         at = self._asked
-        while freed < lacking and at > 0 and (entry := self._holders[at - 1]) > taker:
-            at -= 1
-            victim = entry[2]
-            if victim.request_id in self.evictions or not self._policy.may_take(taker[2], victim):
-                continue
-            freeable = self._freeable_blocks(victim)
-            if freeable <= 0:
-                continue
-            taken = min(freeable, lacking - freed) if victim.divisible else freeable
-            keep = victim.held_blocks - taken if victim.divisible else 0
-            found.append(Eviction(victim.request_id, keep))
-            freed += taken
+        while freed < lacking and at > 0:
+            asked = at
+            at, offers = self._look(taker, at)
+            for victim in self._cheapest_first(offers, lacking - freed):
+                freeable = self._freeable_blocks(victim)
+                if freeable <= 0:
+                    continue
+                taken = min(freeable, lacking - freed) if victim.divisible else freeable
+                keep = victim.held_blocks - taken if victim.divisible else 0
+                found.append(Eviction(victim.request_id, keep))
+                freed += taken
+                if freed >= lacking:
+                    break
         fits = freed >= lacking
         if not full and not fits:
             self._reach = freed
             return False
         self.evictions.update((eviction.request_id, eviction) for eviction in found)
         self.free_blocks += freed
-        if full:
-            self._asked = at
+        if full:  # what is left of the last window may be asked again
+            self._asked = asked if fits else at
         return fits
+
+    def _look(self, taker: Entry, at: int) -> tuple[int, list[View]]:
+        """The next victims from the back on, and where they begin; 0 for the end."""
+        offers: list[View] = []
+        full, rank = taker[2].full, taker[0][1]
+        while at > 0 and len(offers) < WINDOW:
+            entry = self._holders[at - 1]
+            if entry <= taker:
+                return 0, offers
+            at -= 1
+            victim = entry[2]
+            if victim.request_id in self.evictions:
+                continue
+            if full or (not victim.full and entry[0][1] > rank):
+                offers.append(victim)
+        return at, offers
+
+    def _cheapest_first(self, offers: list[View], lacking: int) -> list[View]:
+        """Victims by what a block of theirs costs to restore."""
+        if len(offers) < 2:
+            return offers
+
+        def seconds_per_block(victim: View) -> float:
+            taken = min(victim.held_blocks, lacking) if victim.divisible else victim.held_blocks
+            return self._restore_s(victim, victim.held_blocks - taken) / taken
+
+        return sorted(offers, key=seconds_per_block)

@@ -17,6 +17,7 @@ named after those of Stream2LLM (arXiv 2604.16395) order exactly as defined ther
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,11 +27,14 @@ from engine_adapter.scheduling.view import View
 
 Key = Callable[[View], Any]
 
-AGEING_STEPS_PER_S = 1.0
+AGEING_STEPS_PER_S = 0.1
 """`srpf`: by how many full steps of prefill a second of waiting outweighs a shorter rival."""
 
 SHORTEST_STEP_TOKENS = 512
-"""Cutting a step below this saves little time: weights have to be read for any step."""
+"""`srpf`: a step shorter than this saves little time, since the weights are read for any step."""
+
+SPECULATIVE_SHARE = 0.05
+"""`srpf`: the part of all that partial requests could compute which one step may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +49,30 @@ class Policy:
     behind it, as in the paper: an idle prompt is behind all others, and two that do not fit
     together would take each other's KV in turn for ever; so would a partial and a full one
     by `mcps`."""
-    speculative_share: float = 1.0
-    """How much of a step partial requests may fill. A request whose input closes while a step
-    is under way waits for its end: steps full of speculation are what its TTFT is made of."""
+    restrained: bool = False
+    """Partial requests fill no more of a step than `speculative_tokens` says. A request whose
+    input closes while a step is under way waits for its end, and shares the next one: steps full
+    of speculation are what its TTFT is made of."""
 
-    def speculative_tokens(self, budget_tokens: int) -> int:
-        """Tokens of a step that partial requests may have."""
-        return max(int(budget_tokens * self.speculative_share), SHORTEST_STEP_TOKENS)
+    def speculative_tokens(self, full_tokens: int, partial_tokens: int) -> int:
+        """Tokens of a step that partial requests may have.
+
+        Where full requests prefill, only what makes a short step worth its fixed cost. Elsewhere
+        more, the more there is to read: many short steps would cost too much of a busy engine.
+
+        Args:
+            full_tokens: what full requests prefill in this step.
+            partial_tokens: what all partial requests together could compute now.
+        """
+        if not self.restrained:
+            return sys.maxsize
+        if full_tokens:
+            return max(SHORTEST_STEP_TOKENS - full_tokens, 0)
+        return max(2 * SHORTEST_STEP_TOKENS, int(SPECULATIVE_SHARE * partial_tokens))
 
     def key(self, view: View) -> tuple[Any, Any]:
         """Sort key: classes first."""
         return self.classes(view), self.rank(view)
-
-    def may_take(self, taker: View, victim: View) -> bool:
-        """Whether `taker` may be given blocks of `victim`, which is behind it in the order."""
-        if taker.full:
-            return True
-        return self.partial_takes and not victim.full and self.rank(victim) > self.rank(taker)
 
 
 def _idle(view: View) -> bool:
@@ -101,7 +112,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             Policy("lcas", _input_classes, _last_input, True),
             Policy("mcps", _idle, _most_computed, True),
             Policy(
-                "srpf", lambda v: (not v.decoding, *_input_classes(v)), _shortest_aged, False, 0.25
+                "srpf", lambda v: (not v.decoding, *_input_classes(v)), _shortest_aged, False, True
             ),
         )
     }

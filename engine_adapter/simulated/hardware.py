@@ -34,11 +34,14 @@ class Model:
     def weight_bytes(self) -> float:
         return self.parameters * self.bytes_per_value
 
-    def flops(self, start: int, count: int) -> float:
-        """Arithmetic of `count` tokens behind `start` others."""
+    def matrix_flops(self, count: int) -> float:
+        """Arithmetic of `count` tokens with the weights."""
+        return 2.0 * self.parameters * count
+
+    def attention_flops(self, start: int, count: int) -> float:
+        """Arithmetic of `count` tokens with those before them, `start` others first."""
         attended = count * start + count * (count + 1) / 2
-        attention = 4.0 * self.layers * self.heads * self.head_size * attended
-        return 2.0 * self.parameters * count + attention
+        return 4.0 * self.layers * self.heads * self.head_size * attended
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,10 @@ class Hardware:
     memory_bytes: float
     """Of one accelerator."""
     efficiency: float
-    """Share of the peak that prefill reaches, communication between accelerators included."""
+    """Share of the peak that products with the weights reach, communication between accelerators
+    included."""
+    attention_efficiency: float
+    """Share of the peak that attention over a paged KV cache reaches."""
     step_overhead_s: float
     """What a step costs besides: launches, sampling, the engine's own loop."""
     memory_utilization: float = 0.8
@@ -67,11 +73,12 @@ class Hardware:
         Args:
             work: (cached tokens, new tokens) of each request in it.
         """
-        flops, read = 0.0, model.weight_bytes
+        peaks, read = 0.0, model.weight_bytes
         for start, count in work:
-            flops += model.flops(start, count)
+            peaks += model.matrix_flops(count) / self.efficiency
+            peaks += model.attention_flops(start, count) / self.attention_efficiency
             read += model.kv_bytes_per_token * start
-        compute_s = flops / (self.accelerators * self.flops_per_s * self.efficiency)
+        compute_s = peaks / (self.accelerators * self.flops_per_s)
         memory_s = read / (self.accelerators * self.bytes_per_s)
         return self.step_overhead_s + max(compute_s, memory_s)
 
@@ -85,9 +92,11 @@ class Hardware:
 
 LLAMA_3_1_8B = Model("Llama-3.1-8B", 8.03e9, layers=32, heads=32, kv_heads=8, head_size=128)
 
-EFFICIENCY = 0.45
+EFFICIENCY = 0.54
+ATTENTION_EFFICIENCY = 0.4
 STEP_OVERHEAD_S = 0.008
-"""Both estimates, the same for all hardware and rows; peaks are the vendor's data sheets'."""
+"""Estimates, the same for all hardware and rows; peaks are the vendor's data sheets'."""
 
-H100X2 = Hardware("2x H100 SXM", 2, 989e12, 3.35e12, 80e9, EFFICIENCY, STEP_OVERHEAD_S)
-H200X2 = Hardware("2x H200 SXM", 2, 989e12, 4.8e12, 141e9, EFFICIENCY, STEP_OVERHEAD_S)
+_REACHED = (EFFICIENCY, ATTENTION_EFFICIENCY, STEP_OVERHEAD_S)
+H100X2 = Hardware("2x H100 SXM", 2, 989e12, 3.35e12, 80e9, *_REACHED)
+H200X2 = Hardware("2x H200 SXM", 2, 989e12, 4.8e12, 141e9, *_REACHED)

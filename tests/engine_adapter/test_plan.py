@@ -133,21 +133,53 @@ def test_the_shortest_prefill_goes_first_until_a_longer_one_has_waited() -> None
         return next(iter(Order(policies.named("srpf"), [long, short]))).request_id
 
     assert first_of(0.0) == "short"
-    assert first_of(1.9) == "short"
-    assert first_of(2.1) == "long"
+    assert first_of(19) == "short"
+    assert first_of(21) == "long"
 
 
-def test_speculation_leaves_the_rest_of_a_step_to_full_requests() -> None:
-    srpf = policies.named("srpf")
-    assert srpf.speculative_tokens(8192) == 2048
-    assert srpf.speculative_tokens(128) >= 128, "short steps are not cut further"
-    partial = [view(f"p{i}", full=False, remaining_tokens=60, arrival_s=i) for i in range(3)]
-    order = Order(policies.named("srpf"), [*partial, view("full", remaining_tokens=500)])
-    grants = plan(order, budget_tokens=600, free_blocks=100, slots=100).grants
-    assert grants == {"full": 500, "p0": 60, "p1": 40}
-    order = Order(srpf, [view(f"p{i}", full=False, remaining_tokens=900) for i in range(3)])
-    grants = plan(order, budget_tokens=8192, free_blocks=100, slots=100).grants
-    assert grants == {"p0": 900, "p1": 900, "p2": 248}
+def test_speculation_only_fills_up_short_steps_of_full_requests() -> None:
+    partial = [view(f"p{i}", full=False, remaining_tokens=300, arrival_s=i) for i in range(3)]
+
+    def grants(full_tokens: int) -> dict[str, int]:
+        full = [view("full", remaining_tokens=full_tokens)] if full_tokens else []
+        order = Order(policies.named("srpf"), [*partial, *full])
+        return dict(plan(order, budget_tokens=8192, free_blocks=99, slots=99).grants)
+
+    assert grants(100) == {"full": 100, "p0": 300, "p1": 112}
+    assert grants(600) == {"full": 600}
+    assert grants(0) == {"p0": 300, "p1": 300, "p2": 300}
+
+
+def test_speculative_steps_grow_with_what_there_is_to_read() -> None:
+    def speculated(tokens: int) -> int:
+        views = [view(f"p{i}", full=False, remaining_tokens=tokens // 4) for i in range(4)]
+        order = Order(policies.named("srpf"), views)
+        return sum(plan(order, budget_tokens=8192, free_blocks=99, slots=99).grants.values())
+
+    assert [speculated(n) for n in (400, 4000, 40_000, 400_000)] == [400, 1024, 2000, 8192]
+
+
+def test_an_answer_under_way_does_not_hold_back_speculation() -> None:
+    answering = view("a", decoding=True, running=True, remaining_tokens=1)
+    partial = view("p", full=False, remaining_tokens=900)
+    order = Order(policies.named("srpf"), [partial, answering])
+    grants = plan(order, budget_tokens=8192, free_blocks=99, slots=99).grants
+    assert grants == {"a": 1, "p": 900}
+
+
+def test_the_cheapest_of_the_victims_at_the_back_goes_first() -> None:
+    def restore_s(victim: View, keep_blocks: int) -> float:
+        return {"dear": 9.0, "cheap": 1.0, "front": 0.1}.get(victim.request_id, 5.0)
+
+    holders = [view(f"v{i}", full=False, held_blocks=4, arrival_s=9 - i) for i in range(6)]
+    dear = view("dear", full=False, held_blocks=4, arrival_s=20)
+    cheap = view("cheap", full=False, held_blocks=4, arrival_s=19)
+    front = view("front", full=False, held_blocks=4, arrival_s=-1)
+    order = Order(
+        policies.named("fcfs"), [view("t", needed_blocks=4), *holders, dear, cheap, front]
+    )
+    result = plan(order, budget_tokens=9, free_blocks=0, slots=9, restore_s=restore_s)
+    assert [e.request_id for e in result.evictions] == ["cheap"], "front is among the first to run"
 
 
 def test_an_unknown_policy_is_named_with_those_there_are() -> None:

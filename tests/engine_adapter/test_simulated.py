@@ -14,9 +14,10 @@ from loadtest.bench_sim import WAITING, Case, run
 
 def test_kv_and_arithmetic_of_a_known_model() -> None:
     assert LLAMA_3_1_8B.kv_bytes_per_token == 131_072
-    assert LLAMA_3_1_8B.flops(0, 1000) == pytest.approx(2 * 8.03e12, rel=0.02)
-    whole = LLAMA_3_1_8B.flops(0, 5000)
-    parts = LLAMA_3_1_8B.flops(0, 3000) + LLAMA_3_1_8B.flops(3000, 2000)
+    assert LLAMA_3_1_8B.matrix_flops(1000) == pytest.approx(2 * 8.03e12)
+    assert LLAMA_3_1_8B.attention_flops(0, 1000) == pytest.approx(2.6e11, rel=0.02)
+    whole = LLAMA_3_1_8B.attention_flops(0, 5000)
+    parts = LLAMA_3_1_8B.attention_flops(0, 3000) + LLAMA_3_1_8B.attention_flops(3000, 2000)
     assert parts == pytest.approx(whole)
 
 
