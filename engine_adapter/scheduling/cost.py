@@ -144,7 +144,9 @@ def _r2(curve: Curve) -> float:
     mean_s = sum(p.seconds for p in curve.points) / len(curve.points)
     total = sum((p.seconds - mean_s) ** 2 for p in curve.points)
     left = sum((p.seconds - curve.seconds(p.tokens)) ** 2 for p in curve.points)
-    return 1 - left / total if total else 1.0
+    if total <= len(curve.points) * (1e-9 * mean_s) ** 2:  # there is nothing to explain
+        return 1.0
+    return 1 - left / total
 
 
 def _non_negative(columns: Matrix, wanted: Matrix) -> list[float]:

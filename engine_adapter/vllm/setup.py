@@ -68,5 +68,8 @@ def cost_model(place: str | None, setup: Setup) -> CostModel | None:
         return None
     logger.info("cost model: %s", cost)
     if cost.setup != setup:
-        logger.warning("the cost model is of %s, this engine is %s", cost.setup, setup)
+        logger.warning(
+            "the cost model is of %s (%s), this engine is on %s (%s)",
+            cost.setup.hardware, cost.setup.settings, setup.hardware, setup.settings,
+        )  # fmt: skip
     return cost
