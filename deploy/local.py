@@ -232,6 +232,8 @@ class EngineOptions:
     """None for a free one."""
     policy: str | None = None
     """In which order requests are computed; None for the plug-in's default."""
+    cost_model: Path | None = None
+    """File, or folder of `calibrate`, with what evictions cost here; None for none."""
     debug_checks: bool = False
     """Let the plug-in verify its own state at every step (slower)."""
     extra_args: tuple[str, ...] = ()
@@ -266,10 +268,15 @@ def engine(options: EngineOptions | None = None) -> Server:
         command += ["--block-size", "32", "--enforce-eager"]
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"
         env["VLLM_CPU_OMP_THREADS_BIND"] = options.cores or f"0-{(os.cpu_count() or 1) - 1}"
-    if options.policy is not None:
-        command += ["--additional-config", json.dumps({"stream2llm": {"policy": options.policy}})]
+    if plugin := _plugin_settings(options):
+        command += ["--additional-config", json.dumps({"stream2llm": plugin})]
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
+
+
+def _plugin_settings(options: EngineOptions) -> dict[str, str]:
+    given = {"policy": options.policy, "cost_model": options.cost_model}
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def is_cpu_build() -> bool:

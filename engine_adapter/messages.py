@@ -192,6 +192,14 @@ class EngineInfo(Message, frozen=True):
     """By which it orders requests now; empty where it has none to choose."""
     policies: list[str] = []
     """What it can be set to."""
+    hardware: str = ""
+    """What it computes on."""
+    accelerators: int = 1
+    """Devices that hold one copy of the model together."""
+    settings: str = ""
+    """What else its speed depends on: number format, parallelism, tokens in a step and a block."""
+    cost_model: str = ""
+    """By which it chooses whose KV goes; empty if it has none."""
 
 
 M = TypeVar("M")

@@ -74,6 +74,8 @@ class FakeEngine:
         self.core = FakeCore()
         self.sessions = Sessions(self.core, Limits(max_model_len, 1_000_000, 100_000))
         self.max_model_len = max_model_len
+        self.prefill_s: Callable[[list[int]], float] = lambda tokens: 0.0
+        """From closing the input, which is these tokens, to the first token."""
         self.finished: dict[str, list[int]] = {}
         self.instance_id = uuid.uuid4().hex
 
@@ -114,11 +116,14 @@ class FakeEngine:
                 operations=[],
                 max_model_len=self.max_model_len,
                 block_size=16,
-                kv_blocks_total=1,
-                kv_blocks_free=1,
+                kv_blocks_total=self.max_model_len,
+                kv_blocks_free=self.max_model_len,
                 running=0,
                 waiting=0,
                 open_prompts=len(self.core.tokens),
+                hardware="2x Fake",
+                accelerators=2,
+                settings="none",
             )
         )
 
@@ -145,6 +150,7 @@ class FakeEngine:
         session = self.sessions.finish(prompt_id, decode(Finish, await request.read()))
         self.finished[prompt_id] = session.tokens
         await self.core.close(prompt_id)
+        await asyncio.sleep(self.prefill_s(session.tokens))
         response = web.StreamResponse()
         await response.prepare(request)
         for text in ("an", "swer"):

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from engine_adapter.scheduling.cost import CostModel, Point, Setup, fit
+
 GIB = 1 << 30
+ESTIMATED_TOKENS = tuple(1 << i for i in range(7, 18))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,10 @@ class Hardware:
     memory_utilization: float = 0.8
     activation_bytes: float = 4.0 * GIB
     """Taken from each accelerator's memory besides weights and KV."""
+    host_bytes_per_s: float = 64e9
+    """Peak of one accelerator to host memory, and back: PCI Express 5.0 with 16 lanes."""
+    host_efficiency: float = 0.8
+    """Share of that peak which copies of KV blocks reach; an estimate."""
 
     def step_s(self, model: Model, work: Iterable[tuple[int, int]]) -> float:
         """Seconds of one step.
@@ -82,12 +89,39 @@ class Hardware:
         memory_s = read / (self.accelerators * self.bytes_per_s)
         return self.step_overhead_s + max(compute_s, memory_s)
 
+    def prefill_s(self, model: Model, tokens: int, step_tokens: int) -> float:
+        """Seconds to compute a prompt that is alone, in as many steps as it takes."""
+        starts = range(0, tokens, step_tokens)
+        return sum(self.step_s(model, [(s, min(step_tokens, tokens - s))]) for s in starts)
+
+    def transfer_s(self, model: Model, tokens: int) -> float:
+        """Seconds to move the KV of tokens to host memory, or back; all accelerators at once."""
+        bytes_per_s = self.accelerators * self.host_bytes_per_s * self.host_efficiency
+        return model.kv_bytes_per_token * tokens / bytes_per_s
+
     def kv_tokens(self, model: Model) -> int:
         """Tokens whose KV fits beside the weights."""
         usable = self.accelerators * (
             self.memory_bytes * self.memory_utilization - self.activation_bytes
         )
         return int((usable - model.weight_bytes) / model.kv_bytes_per_token)
+
+
+def estimated_cost(hardware: Hardware, model: Model, step_tokens: int) -> CostModel:
+    """What evictions cost where nobody has measured it; `source` says that it is an estimate."""
+    moved = [Point(tokens=n, seconds=hardware.transfer_s(model, n)) for n in ESTIMATED_TOKENS]
+    computed = [
+        Point(tokens=n, seconds=hardware.prefill_s(model, n, step_tokens)) for n in ESTIMATED_TOKENS
+    ]
+    settings = f"{8 * model.bytes_per_value}-bit tp{hardware.accelerators} step{step_tokens}"
+    transfer = fit(moved, degree=1)
+    return CostModel(
+        setup=Setup(model=model.name, hardware=hardware.name, settings=settings),
+        source="estimated",
+        recompute=fit(computed),
+        swap_out=transfer,
+        swap_in=transfer,
+    )
 
 
 LLAMA_3_1_8B = Model("Llama-3.1-8B", 8.03e9, layers=32, heads=32, kv_heads=8, head_size=128)

@@ -75,7 +75,7 @@ class StreamingPrompts:
 
     async def info(self) -> EngineInfo:
         """Identity, limits and load of this engine."""
-        load = dict(await self.engine.load())
+        load: dict[str, Any] = dict(await self.engine.load())
         return EngineInfo(
             instance_id=self._instance_id,
             protocol_version=PROTOCOL_VERSION,
@@ -85,9 +85,8 @@ class StreamingPrompts:
             operations=OPERATIONS,
             max_model_len=self._limits.max_model_len,
             block_size=self._block_size,
-            policy=str(load.pop("policy")),
             policies=list(POLICIES),
-            **{name: int(value) for name, value in load.items()},
+            **load,
         )
 
     async def set_policy(self, op: SetPolicy) -> EngineInfo:

@@ -35,6 +35,7 @@ from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
 from engine_adapter.vllm.kv import BlockTables
+from engine_adapter.vllm.setup import cost_model, setup_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -98,8 +99,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._last_input_s: dict[str, float] = {}  # of the answers to open prompts
         self._clock: Callable[[], float] = time.time
-        policy = _settings(self.vllm_config).get("policy", DEFAULT_POLICY)
-        self._order = Order(policies.named(policy))
+        settings = _settings(self.vllm_config)
+        self._order = Order(policies.named(settings.get("policy", DEFAULT_POLICY)))
+        self.setup = setup_of(self.vllm_config)
+        self.cost = cost_model(settings.get("cost_model"), self.setup)
+        """What bringing back a victim's KV costs; None if nobody has measured it."""
         self._by_request: dict[str, OpenPrompt] = {}
         self._touched: dict[str, None] = {}  # request ids whose views may be out of date
         self._deferred: dict[str, None] = {}  # those that vLLM kept back a step ago
@@ -166,7 +170,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._replan = True
 
     def load(self) -> dict[str, int | str]:
-        """The policy, and how busy the engine is, in requests and KV blocks."""
+        """Policy, hardware, cost model, and how busy the engine is, in requests and KV blocks."""
         running, waiting = self.get_request_counts()
         pool = self.kv_cache_manager.block_pool
         return {
@@ -177,6 +181,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "open_prompts": len(self._prompts),
             "preemptions": self._preemptions,
             "policy": self._order.policy.name,
+            "hardware": self.setup.hardware,
+            "accelerators": self.vllm_config.parallel_config.world_size,
+            "settings": self.setup.settings,
+            "cost_model": "" if self.cost is None else str(self.cost),
         }
 
     # What vLLM calls.
