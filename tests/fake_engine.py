@@ -30,7 +30,7 @@ from engine_adapter.messages import (
     decode,
     encode,
 )
-from engine_adapter.vllm.sessions import Limits, Sessions, Status
+from engine_adapter.sessions import Limits, Sessions, Status
 
 MODEL = "fake"
 

@@ -27,6 +27,8 @@ Status = Mapping[str, int | str]
 
 MAX_LEASE_S = 3600.0
 
+DEFAULT_OPEN_PROMPTS = 1024
+
 
 class Core(Protocol):
     """What the sessions need of an engine's loop. Calls take effect in the order made."""
@@ -181,9 +183,8 @@ class Sessions:
         late = [s for s in self._sessions.values() if s.expires_s <= now_s]
         for session in late:
             self.forget(session)
-        for session in late:
-            if not session.finished:
-                await self._core.close(session.prompt_id)
+        for session in late:  # a finished one too: if its answer never began, it is still open
+            await self._core.close(session.prompt_id)
         return [s.prompt_id for s in late]
 
     # Checks.
