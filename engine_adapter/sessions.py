@@ -183,8 +183,9 @@ class Sessions:
         late = [s for s in self._sessions.values() if s.expires_s <= now_s]
         for session in late:
             self.forget(session)
-        for session in late:  # a finished one too: if its answer never began, it is still open
-            await self._core.close(session.prompt_id)
+        for session in late:
+            if session.tokens:  # also if finished: where the answer never began it is still open
+                await self._core.close(session.prompt_id)
         return [s.prompt_id for s in late]
 
     # Checks.
