@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 
 from aiohttp import web
 
@@ -38,13 +39,13 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    """Serve until interrupted."""
+def main() -> int:
+    """Serve until interrupted, or until the engine fails. Returns the exit code."""
     options = arguments()
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # vLLM takes seconds to load: not before the command line is known to be right
-    from engine_adapter.simulated.app import build
+    from engine_adapter.simulated.app import LOOP, build
     from engine_adapter.simulated.engine import SimulatedEngine
 
     engine = SimulatedEngine(
@@ -54,8 +55,9 @@ def main() -> None:
         step_tokens=options.step_tokens,
         kv_tokens=options.kv_tokens,
     )
+    app = build(engine, options.model_name, options.speed)
     web.run_app(
-        build(engine, options.model_name, options.speed),
+        app,
         host="127.0.0.1",
         port=options.port,
         handler_cancellation=True,
@@ -63,7 +65,8 @@ def main() -> None:
         access_log=None,
         print=lambda *_: print(f"engine on http://127.0.0.1:{options.port}", flush=True),
     )
+    return 0 if app[LOOP].cancelled() else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
