@@ -183,13 +183,13 @@ def run(case: Case) -> Row:
             due_s, query_id, i = events[at]
             deliver(due_s, queries[query_id], i)
             at += 1
-        answered = engine.step()
-        if answered is None:
+        step = engine.step()
+        if step is None:
             if at == len(events):
                 raise RuntimeError(f"{len(trace) - len(ttft_s)} queries are never answered")
             engine.now_s = max(engine.now_s, events[at][0])
             continue
-        for name in answered:
+        for name in step.finished:
             ttft_s[name] = engine.now_s - asked_s[name]
     cuts = statistics.quantiles(ttft_s.values(), n=100, method="inclusive")
     return Row(

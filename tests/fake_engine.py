@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import uvloop
 from aiohttp import web
 
-from engine_adapter.errors import EngineError
-from engine_adapter.messages import (
-    PREFIX,
-    PROTOCOL_VERSION,
-    DoneEvent,
-    EngineInfo,
-    Extend,
-    Finish,
-    Invalidate,
-    Open,
-    Progress,
-    TokenEvent,
-    decode,
-    encode,
-)
-from engine_adapter.vllm.sessions import Limits, Sessions, Status
+from engine_adapter.messages import DoneEvent, Event, Sampling, TokenEvent
+from engine_adapter.prompts import StreamingPrompts
+from engine_adapter.sessions import Limits, Session, Status
+from engine_adapter.simulated.routes import PROMPTS, errors, routes
 
 MODEL = "fake"
 
@@ -40,8 +27,13 @@ class FakeCore:
     """The loop of an engine that has computed everything the moment it hears of it."""
 
     delay_s: Callable[[], float] = lambda: 0.0
+    prefill_s: Callable[[list[int]], float] = lambda tokens: 0.0
+    """From closing the input, which is these tokens, to the first token."""
+    kv_blocks: int = 100_000
     tokens: dict[str, list[int]] = field(default_factory=dict)
     operations: list[str] = field(default_factory=list)
+    finished: dict[str, list[int]] = field(default_factory=dict)
+    """The whole prompt of every answered id."""
 
     async def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None) -> Status:
         self.tokens[prompt_id] = list(tokens)
@@ -66,108 +58,60 @@ class FakeCore:
         await asyncio.sleep(self.delay_s())
         return status
 
+    async def load(self) -> Status:
+        return {
+            "kv_blocks_total": self.kv_blocks,
+            "kv_blocks_free": self.kv_blocks,
+            "running": 0,
+            "waiting": 0,
+            "open_prompts": len(self.tokens),
+            "policy": "default",
+            "hardware": "2x Fake",
+            "accelerators": 2,
+            "settings": "none",
+        }
 
-class FakeEngine:
-    """The HTTP side. `finished` has the whole prompt of every answered id."""
+    async def set_policy(self, policy: str) -> None:
+        """There is nothing to order."""
 
-    def __init__(self, max_model_len: int = 100_000) -> None:
-        self.core = FakeCore()
-        self.sessions = Sessions(self.core, Limits(max_model_len, 1_000_000, 100_000))
-        self.max_model_len = max_model_len
-        self.prefill_s: Callable[[list[int]], float] = lambda tokens: 0.0
-        """From closing the input, which is these tokens, to the first token."""
-        self.finished: dict[str, list[int]] = {}
-        self.instance_id = uuid.uuid4().hex
+    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> Sampling:
+        return sampling
 
-    def app(self) -> web.Application:
-        app = web.Application(client_max_size=64 << 20, middlewares=[self._errors])
-        prompt = PREFIX + "/prompts/{id}"
-        app.add_routes(
-            [
-                web.get(PREFIX + "/info", self._info),
-                web.post(prompt, self._open),
-                web.post(prompt + "/extend", self._extend),
-                web.post(prompt + "/invalidate", self._invalidate),
-                web.post(prompt + "/finish", self._finish),
-                web.get(prompt, self._status),
-                web.delete(prompt, self._abort),
-            ]
-        )
-        return app
-
-    @staticmethod
-    @web.middleware
-    async def _errors(
-        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except EngineError as e:
-            return web.json_response({"error": e.to_json()}, status=e.status)
-
-    async def _info(self, request: web.Request) -> web.Response:
-        return _json(
-            EngineInfo(
-                instance_id=self.instance_id,
-                protocol_version=PROTOCOL_VERSION,
-                plugin_version="0",
-                engine="fake",
-                model=MODEL,
-                operations=[],
-                max_model_len=self.max_model_len,
-                block_size=16,
-                kv_blocks_total=self.max_model_len,
-                kv_blocks_free=self.max_model_len,
-                running=0,
-                waiting=0,
-                open_prompts=len(self.core.tokens),
-                hardware="2x Fake",
-                accelerators=2,
-                settings="none",
-            )
-        )
-
-    async def _open(self, request: web.Request) -> web.Response:
-        op = decode(Open, await request.read())
-        return _json(await self.sessions.open(request.match_info["id"], op))
-
-    async def _extend(self, request: web.Request) -> web.Response:
-        op = decode(Extend, await request.read())
-        return _json(await self.sessions.extend(request.match_info["id"], op))
-
-    async def _invalidate(self, request: web.Request) -> web.Response:
-        op = decode(Invalidate, await request.read())
-        return _json(await self.sessions.invalidate(request.match_info["id"], op))
-
-    async def _status(self, request: web.Request) -> web.Response:
-        return _json(await self.sessions.status(request.match_info["id"]))
-
-    async def _abort(self, request: web.Request) -> web.Response:
-        return _json(await self.sessions.abort(request.match_info["id"]))
-
-    async def _finish(self, request: web.Request) -> web.StreamResponse:
-        prompt_id = request.match_info["id"]
-        session = self.sessions.finish(prompt_id, decode(Finish, await request.read()))
-        self.finished[prompt_id] = session.tokens
-        await self.core.close(prompt_id)
+    async def answer(
+        self, session: Session, params: Sampling, request_id: str
+    ) -> AsyncGenerator[Event, None]:
+        self.finished[session.prompt_id] = session.tokens
+        await self.close(session.prompt_id)
         await asyncio.sleep(self.prefill_s(session.tokens))
-        response = web.StreamResponse()
-        await response.prepare(request)
         for text in ("an", "swer"):
-            await response.write(encode(TokenEvent(token_ids=[1], text=text)) + b"\n")
-        done = DoneEvent(
+            yield TokenEvent(token_ids=[1], text=text)
+        yield DoneEvent(
             finish_reason="stop",
             prompt_tokens=len(session.tokens),
             cached_tokens=0,
             completion_tokens=2,
         )
-        await response.write(encode(done) + b"\n")
-        await response.write_eof()
-        return response
+
+    async def abort(self, request_id: str) -> None:
+        """Answers come at once."""
 
 
-def _json(message: Progress | EngineInfo) -> web.Response:
-    return web.Response(body=encode(message), content_type="application/json")
+class FakeEngine:
+    """The HTTP side."""
+
+    def __init__(self, max_model_len: int = 100_000) -> None:
+        self.max_model_len = max_model_len
+        self.core = FakeCore(kv_blocks=max_model_len)
+        limits = Limits(max_model_len, 1_000_000, 100_000)
+        self.prompts = StreamingPrompts(self.core, limits, name="fake", model=MODEL, block_size=16)
+        self.sessions = self.prompts.sessions
+        self.finished = self.core.finished
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=64 << 20, middlewares=[errors])
+        app[PROMPTS] = self.prompts
+        app.add_routes(routes)
+        return app
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from engine_adapter.scheduling import policies
+from engine_adapter.sessions import Status
 from engine_adapter.simulated.hardware import Hardware, Model
 from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
 
@@ -43,6 +45,29 @@ class Counters:
     invalidated_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one request got from a step."""
+
+    request_id: str
+    token_ids: list[int]
+    cached_tokens: int | None
+    """Prompt tokens that it did not have to compute; comes with its first token."""
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step produced."""
+
+    outputs: list[Output]
+
+    @property
+    def finished(self) -> list[str]:
+        """Requests whose answer is complete."""
+        return [output.request_id for output in self.outputs if output.finished]
+
+
 @dataclass(slots=True)
 class SimulatedEngine:
     """One engine in virtual time. The caller delivers operations and turns the loop."""
@@ -52,13 +77,15 @@ class SimulatedEngine:
     policy: str = policies.DEFAULT_POLICY
     step_tokens: int = 8192
     max_requests: int = 1024
+    kv_tokens: int | None = None
+    """Size of the KV pool; None for what the hardware holds beside the model."""
     now_s: float = 0.0
     counters: Counters = field(default_factory=Counters)
     scheduler: StreamScheduler = field(init=False)
     _hasher: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        blocks = self.hardware.kv_tokens(self.model) // BLOCK_TOKENS
+        blocks = (self.kv_tokens or self.hardware.kv_tokens(self.model)) // BLOCK_TOKENS
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hash_fn)
@@ -66,17 +93,23 @@ class SimulatedEngine:
         self.scheduler.set_policy(self.policy)
         self.scheduler._clock = lambda: self.now_s
 
-    def open(self, prompt_id: str, tokens: list[int]) -> None:
+    def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None = None) -> Status:
         """Begin a prompt."""
-        self.scheduler.open_prompt(prompt_id, tokens, None, self._hasher)
+        return self.scheduler.open_prompt(prompt_id, tokens, cache_salt, self._hasher)
 
-    def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> None:
+    def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
         """Replace what is behind the first `keep` tokens."""
         answer = self.scheduler.extend_prompt(prompt_id, keep, tokens)
         self.counters.invalidated_tokens += int(answer["invalidated"])
+        return answer
 
     def finish(
-        self, request_id: str, tokens: list[int], prompt_id: str | None, max_tokens: int = 1
+        self,
+        request_id: str,
+        tokens: list[int],
+        prompt_id: str | None,
+        max_tokens: int = 1,
+        cache_salt: str | None = None,
     ) -> None:
         """Ask for an answer to the whole prompt, which an open prompt may have begun."""
         extra = None if prompt_id is None else {ADOPT: prompt_id}
@@ -89,15 +122,20 @@ class SimulatedEngine:
             sampling_params=params,
             pooling_params=None,
             arrival_time=self.now_s,
+            cache_salt=cache_salt,
             block_hasher=self._hasher,
         )
         self.scheduler.add_request(request)
 
-    def step(self) -> list[str] | None:
+    def abort(self, request_id: str) -> None:
+        """Stop an answer and free its blocks; no effect on one that is complete."""
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> Step | None:
         """Compute one step; `now_s` moves to its end.
 
         Returns:
-            Requests that got their token, or None if there was nothing to compute.
+            What it produced, or None if there was nothing to compute.
         """
         if not self.scheduler.has_requests():
             return None
@@ -110,13 +148,8 @@ class SimulatedEngine:
             self.counters.busy_s += step_s
             self.counters.computed_tokens += computed
         answers = self.scheduler.update_from_output(output, self._result(output))
-        answered = [
-            one.request_id
-            for outputs in answers.values()
-            for one in outputs.outputs
-            if one.finish_reason is not None
-        ]
-        return answered if computed else None
+        produced = [_output(one) for outputs in answers.values() for one in outputs.outputs]
+        return Step(produced) if computed else None
 
     def _result(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """A token for each request whose prompt is complete, none for the others."""
@@ -131,6 +164,15 @@ class SimulatedEngine:
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
         )
+
+
+def _output(one: EngineCoreOutput) -> Output:
+    return Output(
+        request_id=one.request_id,
+        token_ids=one.new_token_ids,
+        cached_tokens=one.prefill_stats and one.prefill_stats.num_cached_tokens,
+        finished=one.finish_reason is not None,
+    )
 
 
 def _work(output: SchedulerOutput) -> Iterator[tuple[int, int]]:

@@ -7,18 +7,15 @@ plug-in adds to vLLM's engine process; the closing one is an ordinary `generate`
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
+from engine_adapter.errors import EngineError, EngineUnavailable
 from engine_adapter.messages import (
     DoneEvent,
     ErrorEvent,
@@ -27,11 +24,13 @@ from engine_adapter.messages import (
     TokenEvent,
     TokenLogprob,
 )
-from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
-from engine_adapter.vllm.sessions import Session, Status
+from engine_adapter.sessions import Session, Status
+from engine_adapter.vllm.sampling import sampling_params
+from engine_adapter.vllm.scheduler import StreamScheduler
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
 
@@ -88,7 +87,7 @@ def _apply(
 
 
 class VllmEngine:
-    """The `Core` of `Sessions`, and the answers, on a running AsyncLLM."""
+    """The `Engine` of `StreamingPrompts` on a running AsyncLLM."""
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
@@ -130,26 +129,8 @@ class VllmEngine:
         return result
 
     def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> SamplingParams:
-        """vLLM's form of a `Sampling`; what it leaves open comes from the model's defaults.
-
-        Args:
-            room: tokens that the answer may have at most.
-
-        Raises:
-            BadOperation: vLLM refuses a value.
-        """
-        given = {k: v for k, v in msgspec.structs.asdict(sampling).items() if v is not None}
-        known = inspect.signature(SamplingParams).parameters
-        values = {k: v for k, v in self._defaults.items() if k in known} | given
-        values["max_tokens"] = min(values.get("max_tokens") or room, room)
-        try:
-            return SamplingParams(
-                **values,
-                output_kind=RequestOutputKind.DELTA,
-                extra_args={ADOPT: prompt_id},
-            )
-        except (VLLMValidationError, ValueError, TypeError) as e:
-            raise BadOperation(str(e)) from e
+        """vLLM's form of a `Sampling`; what it leaves open comes from the model's defaults."""
+        return sampling_params(sampling, prompt_id, room, self._defaults)
 
     async def answer(
         self, session: Session, params: SamplingParams, request_id: str

@@ -38,12 +38,12 @@ class EndpointPlugin:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        from engine_adapter.vllm.routes import StreamingPrompts
+        from engine_adapter.vllm.routes import streaming_prompts
 
         config: Any = engine_client.vllm_config  # type: ignore[union-attr]
         served = config.model_config.served_model_name
         name = served if isinstance(served, str) else served[0]
-        state.stream2llm = StreamingPrompts(engine_client, name)
+        state.stream2llm = streaming_prompts(engine_client, name)
 
 
 def endpoint_plugin() -> EndpointPlugin:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import os
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
-from importlib.metadata import version
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -18,12 +12,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 
-from engine_adapter.errors import BadOperation, EngineError
+from engine_adapter.errors import EngineError
 from engine_adapter.messages import (
     PREFIX,
-    PROTOCOL_VERSION,
-    EngineInfo,
-    Event,
     Extend,
     Finish,
     Invalidate,
@@ -33,109 +24,35 @@ from engine_adapter.messages import (
     decode,
     encode,
 )
-from engine_adapter.scheduling.policies import POLICIES, named
+from engine_adapter.prompts import StreamingPrompts
+from engine_adapter.sessions import DEFAULT_OPEN_PROMPTS, Limits
 from engine_adapter.vllm.engine import VllmEngine
-from engine_adapter.vllm.sessions import Limits, Session, Sessions
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 MAX_OPEN_PROMPTS = "STREAM2LLM_MAX_OPEN_PROMPTS"
-"""Environment: how many prompts may be open at once (default 1024)."""
-
-OPERATIONS = ["open", "extend", "invalidate", "finish", "abort", "status", "info", "policy"]
-
-LEASE_SWEEP_S = 0.5
+"""Environment: how many prompts may be open at once."""
 
 
-class StreamingPrompts:
-    """What the routes share: the engine, its open prompts, and the task that ends leases."""
-
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
-        self.engine = VllmEngine(llm)
-        config = llm.vllm_config
-        self._limits = Limits(
-            max_model_len=config.model_config.max_model_len,
-            vocab_size=config.model_config.get_vocab_size(),
-            max_open_prompts=int(os.environ.get(MAX_OPEN_PROMPTS, "1024")),
-        )
-        self._block_size = config.cache_config.block_size
-        self._model_name = model_name
-        self._instance_id = uuid.uuid4().hex
-        self._numbers = itertools.count()
-        self._answers: dict[str, str] = {}  # prompt id -> vLLM request id, while answering
-        self.sessions = Sessions(self.engine, self._limits)
-        self._sweeper = asyncio.create_task(self._sweep())
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(LEASE_SWEEP_S)
-            await self.sessions.expire(time.monotonic())
-
-    async def info(self) -> EngineInfo:
-        """Identity, limits and load of this engine."""
-        load: dict[str, Any] = dict(await self.engine.load())
-        return EngineInfo(
-            instance_id=self._instance_id,
-            protocol_version=PROTOCOL_VERSION,
-            plugin_version=version("stream2llm"),
-            engine=f"vllm {vllm.__version__}",
-            model=self._model_name,
-            operations=OPERATIONS,
-            max_model_len=self._limits.max_model_len,
-            block_size=self._block_size,
-            policies=list(POLICIES),
-            **load,
-        )
-
-    async def set_policy(self, op: SetPolicy) -> EngineInfo:
-        """Order requests by another policy from the next step on.
-
-        Raises:
-            BadOperation: there is none of that name.
-        """
-        try:
-            named(op.policy)
-        except ValueError as e:
-            raise BadOperation(str(e)) from e
-        await self.engine.set_policy(op.policy)
-        return await self.info()
-
-    def finish(self, prompt_id: str, op: Finish) -> AsyncIterator[bytes]:
-        """Close a prompt's input; the events of its answer as lines of JSON.
-
-        Raises:
-            EngineError: the operation is not valid; the prompt stays as it was.
-        """
-        length = op.keep + len(op.tokens)
-        room = max(self._limits.max_model_len - length, 1)
-        params = self.engine.sampling_params(op.sampling, prompt_id, room)
-        session = self.sessions.finish(prompt_id, op)
-        return self._lines(session, params)
-
-    async def _lines(self, session: Session, params: SamplingParams) -> AsyncIterator[bytes]:
-        request_id = f"{session.prompt_id}-answer-{next(self._numbers)}"
-        self._answers[session.prompt_id] = request_id
-        try:
-            async with aclosing(self.engine.answer(session, params, request_id)) as events:
-                async for event in events:
-                    yield _line(event)
-        finally:
-            self._answers.pop(session.prompt_id, None)
-            self.sessions.answered(session)
-            # vLLM may not have taken the request in: then the prompt is still open there.
-            await asyncio.shield(self.engine.close(session.prompt_id))
-
-    async def abort(self, prompt_id: str) -> Message:
-        """Forget a prompt, also while it is being answered."""
-        if (request_id := self._answers.get(prompt_id)) is not None:
-            await self.engine.abort(request_id)
-        return await self.sessions.abort(prompt_id)
-
-
-def _line(event: Event) -> bytes:
-    return encode(event) + b"\n"
+def streaming_prompts(llm: AsyncLLM, model_name: str) -> StreamingPrompts[SamplingParams]:
+    """The operations on a running engine, begun."""
+    config = llm.vllm_config
+    limits = Limits(
+        max_model_len=config.model_config.max_model_len,
+        vocab_size=config.model_config.get_vocab_size(),
+        max_open_prompts=int(os.environ.get(MAX_OPEN_PROMPTS, DEFAULT_OPEN_PROMPTS)),
+    )
+    prompts = StreamingPrompts(
+        VllmEngine(llm),
+        limits,
+        name=f"vllm {vllm.__version__}",
+        model=model_name,
+        block_size=config.cache_config.block_size,
+    )
+    prompts.start()
+    return prompts
 
 
 def _json(message: Message, status: int = 200) -> Response:
@@ -147,8 +64,8 @@ def _error(error: EngineError) -> Response:
     return Response(body, error.status, media_type="application/json")
 
 
-def _prompts(request: Request) -> StreamingPrompts:
-    prompts: StreamingPrompts = request.app.state.stream2llm
+def _prompts(request: Request) -> StreamingPrompts[SamplingParams]:
+    prompts: StreamingPrompts[SamplingParams] = request.app.state.stream2llm
     return prompts
 
 

@@ -34,7 +34,7 @@ class SwappingEngine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prefill_s = self._prefill_s
+        self.core.prefill_s = self._prefill_s
         names = ("store_bytes", "store_time", "load_bytes", "load_time")
         self.moved: dict[str, float] = dict.fromkeys(names, 0.0)
         self.on_gpu: set[tuple[int, ...]] = set()
@@ -112,7 +112,7 @@ async def test_the_command_measures_prints_and_writes_a_file_that_loads(
     serve: Serve, tmp_path: Path
 ) -> None:
     engine = FakeEngine(max_model_len=6001)
-    engine.prefill_s = lambda tokens: 0.005 + 1e-5 * len(tokens)
+    engine.core.prefill_s = lambda tokens: 0.005 + 1e-5 * len(tokens)
     url = await serve(engine)
     code, out, err = await command_line("--engine", url, "--out", str(tmp_path), "--repeats", "3")
     assert (code, err) == (0, "")
@@ -131,7 +131,7 @@ async def test_the_command_measures_prints_and_writes_a_file_that_loads(
 
 async def test_no_prompt_has_a_prefix_of_another(serve: Serve) -> None:
     engine = FakeEngine()
-    engine.prefill_s = lambda tokens: 0.002
+    engine.core.prefill_s = lambda tokens: 0.002
     await calibrate(await serve(engine), Options((40, 50, 60), 4), print)
     prompts = [tuple(tokens[:8]) for tokens in engine.finished.values()]
     assert len(prompts) == len(set(prompts)) == 3 * 5  # a warm-up and four rounds

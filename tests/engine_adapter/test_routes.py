@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import httpx
 from fastapi import FastAPI
 
+from engine_adapter.sessions import Limits, Sessions
 from engine_adapter.vllm.routes import router
-from engine_adapter.vllm.sessions import Limits, Sessions
 from tests.fake_engine import FakeCore
 
 

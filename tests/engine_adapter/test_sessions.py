@@ -18,7 +18,7 @@ from engine_adapter.errors import (
     VersionConflict,
 )
 from engine_adapter.messages import Extend, Finish, Invalidate, Open, Sampling
-from engine_adapter.vllm.sessions import Limits, Sessions, Status
+from engine_adapter.sessions import Limits, Sessions, Status
 from tests.fake_engine import FakeCore
 
 LIMITS = Limits(max_model_len=50, vocab_size=100, max_open_prompts=2)
@@ -146,6 +146,15 @@ async def test_silence_longer_than_the_lease_frees_a_prompt(
     assert list(core.tokens) == ["long"]
     with pytest.raises(UnknownPrompt):
         await sessions.status("short")
+
+
+async def test_a_finished_prompt_whose_answer_never_began_is_freed_with_its_lease(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("p", Open(tokens=[1], lease_s=1))
+    sessions.finish("p", finish(1, 1))
+    await sessions.expire(time.monotonic() + 2)
+    assert not core.tokens
 
 
 operations = st.lists(

@@ -21,10 +21,15 @@ def test_kv_and_arithmetic_of_a_known_model() -> None:
     assert parts == pytest.approx(whole)
 
 
+def finished(engine: SimulatedEngine) -> list[str]:
+    step = engine.step()
+    return [] if step is None else step.finished
+
+
 def test_a_lone_request_takes_what_its_step_is_estimated_at() -> None:
     engine = SimulatedEngine(H100X2, LLAMA_3_1_8B)
     engine.finish("r", list(range(5000)), None)
-    assert engine.step() == ["r"]
+    assert finished(engine) == ["r"]
     assert engine.now_s == pytest.approx(H100X2.step_s(LLAMA_3_1_8B, [(0, 5000)]))
     assert engine.step() is None
 
@@ -36,9 +41,26 @@ def test_what_was_read_before_the_question_is_not_paid_for_again() -> None:
         pass
     asked_s = engine.now_s
     engine.finish("answer", list(range(5100)), "p")
-    assert engine.step() == ["answer"]
+    assert finished(engine) == ["answer"]
     expected_s = H100X2.step_s(LLAMA_3_1_8B, [(4999, 101)])
     assert engine.now_s - asked_s == pytest.approx(expected_s)
+
+
+def test_an_answer_gets_a_token_a_step_and_its_blocks_go_when_it_is_aborted() -> None:
+    engine = SimulatedEngine(H100X2, LLAMA_3_1_8B)
+    idle_blocks = engine.scheduler.load()["kv_blocks_free"]
+    engine.open("p", list(range(2000)))
+    engine.step()
+    engine.finish("short", list(range(2100)), "p", max_tokens=3)
+    engine.finish("long", list(range(9000, 9100)), None, max_tokens=1000)
+    steps = [step for _ in range(3) if (step := engine.step()) is not None]
+    assert [[o.request_id for o in step.outputs] for step in steps] == [["short", "long"]] * 3
+    assert [len(o.token_ids) for step in steps for o in step.outputs] == [1] * 6
+    assert [o.cached_tokens for o in steps[0].outputs] == [1999, 0]
+    assert [step.finished for step in steps] == [[], [], ["short"]]
+    engine.abort("long")
+    assert engine.step() is None
+    assert engine.scheduler.load()["kv_blocks_free"] == idle_blocks
 
 
 @pytest.mark.parametrize("policy", [WAITING, *POLICIES])

@@ -27,6 +27,8 @@ Status = Mapping[str, int | str]
 
 MAX_LEASE_S = 3600.0
 
+DEFAULT_OPEN_PROMPTS = 1024
+
 
 class Core(Protocol):
     """What the sessions need of an engine's loop. Calls take effect in the order made."""
@@ -182,7 +184,7 @@ class Sessions:
         for session in late:
             self.forget(session)
         for session in late:
-            if not session.finished:
+            if session.tokens:  # also if finished: where the answer never began it is still open
                 await self._core.close(session.prompt_id)
         return [s.prompt_id for s in late]
 

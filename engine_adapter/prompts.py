@@ -1,0 +1,159 @@
+"""The engine operations as the HTTP side of an engine carries them out, whichever framework
+serves them and whatever computes the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any, Generic, Protocol, TypeVar
+
+from engine_adapter.errors import BadOperation
+from engine_adapter.messages import (
+    PROTOCOL_VERSION,
+    EngineInfo,
+    Event,
+    Finish,
+    Message,
+    Sampling,
+    SetPolicy,
+    encode,
+)
+from engine_adapter.scheduling.policies import POLICIES, named
+from engine_adapter.sessions import Core, Limits, Session, Sessions, Status
+
+OPERATIONS = ["open", "extend", "invalidate", "finish", "abort", "status", "info", "policy"]
+
+LEASE_SWEEP_S = 0.5
+
+P = TypeVar("P")
+"""An engine's own form of a `Sampling`."""
+
+
+class Engine(Core, Protocol[P]):
+    """What the operations need of an engine besides its loop."""
+
+    def load(self) -> Awaitable[Status]:
+        """Policy, hardware, and how busy the engine is, named as in `EngineInfo`."""
+
+    def set_policy(self, policy: str) -> Awaitable[None]:
+        """Order by another policy from the next step on."""
+
+    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> P:
+        """The engine's form of a `Sampling`.
+
+        Args:
+            room: tokens that the answer may have at most.
+
+        Raises:
+            BadOperation: the engine refuses a value.
+        """
+
+    def answer(self, session: Session, params: P, request_id: str) -> AsyncGenerator[Event, None]:
+        """Generate the answer of a finished session. Closing the iterator aborts it."""
+
+    def abort(self, request_id: str) -> Awaitable[None]:
+        """Stop an answer."""
+
+
+class StreamingPrompts(Generic[P]):
+    """What the routes share: the engine, its open prompts, and the task that ends leases."""
+
+    def __init__(
+        self, engine: Engine[P], limits: Limits, *, name: str, model: str, block_size: int
+    ) -> None:
+        """
+        Args:
+            name: of the serving engine, with its version.
+            model: the name that clients know the model by.
+            block_size: tokens in one KV block.
+        """
+        self.engine = engine
+        self.sessions = Sessions(engine, limits)
+        self._limits = limits
+        self._name = name
+        self._model = model
+        self._block_size = block_size
+        self._instance_id = uuid.uuid4().hex
+        self._numbers = itertools.count()
+        self._answers: dict[str, str] = {}  # prompt id -> the engine's request id, while answering
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to free prompts whose lease has run out."""
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_SWEEP_S)
+            await self.sessions.expire(time.monotonic())
+
+    async def stop(self) -> None:
+        """End what `start` has begun."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+
+    async def info(self) -> EngineInfo:
+        """Identity, limits and load of this engine."""
+        load: dict[str, Any] = dict(await self.engine.load())
+        return EngineInfo(
+            instance_id=self._instance_id,
+            protocol_version=PROTOCOL_VERSION,
+            plugin_version=version("stream2llm"),
+            engine=self._name,
+            model=self._model,
+            operations=OPERATIONS,
+            max_model_len=self._limits.max_model_len,
+            block_size=self._block_size,
+            policies=list(POLICIES),
+            **load,
+        )
+
+    async def set_policy(self, op: SetPolicy) -> EngineInfo:
+        """Order requests by another policy from the next step on.
+
+        Raises:
+            BadOperation: there is none of that name.
+        """
+        try:
+            named(op.policy)
+        except ValueError as e:
+            raise BadOperation(str(e)) from e
+        await self.engine.set_policy(op.policy)
+        return await self.info()
+
+    def finish(self, prompt_id: str, op: Finish) -> AsyncGenerator[bytes, None]:
+        """Close a prompt's input; the events of its answer as lines of JSON.
+
+        Raises:
+            EngineError: the operation is not valid; the prompt stays as it was.
+        """
+        length = op.keep + len(op.tokens)
+        room = max(self._limits.max_model_len - length, 1)
+        params = self.engine.sampling_params(op.sampling, prompt_id, room)
+        session = self.sessions.finish(prompt_id, op)
+        return self._lines(session, params)
+
+    async def _lines(self, session: Session, params: P) -> AsyncGenerator[bytes, None]:
+        request_id = f"{session.prompt_id}-answer-{next(self._numbers)}"
+        self._answers[session.prompt_id] = request_id
+        try:
+            async with aclosing(self.engine.answer(session, params, request_id)) as events:
+                async for event in events:
+                    yield encode(event) + b"\n"
+        finally:
+            self._answers.pop(session.prompt_id, None)
+            self.sessions.answered(session)
+            # The engine may not have taken the request in: then the prompt is still open there.
+            await asyncio.shield(self.engine.close(session.prompt_id))
+
+    async def abort(self, prompt_id: str) -> Message:
+        """Forget a prompt, also while it is being answered."""
+        if (request_id := self._answers.get(prompt_id)) is not None:
+            await self.engine.abort(request_id)
+        return await self.sessions.abort(prompt_id)

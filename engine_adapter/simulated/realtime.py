@@ -1,0 +1,198 @@
+"""The simulated engine in real time: each step takes as long as it is estimated.
+
+Operations and requests take effect between steps, in the order made, as in vLLM's own loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING
+
+from engine_adapter.errors import EngineError, EngineUnavailable
+from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
+from engine_adapter.sessions import Session, Status
+from engine_adapter.simulated.engine import Output, SimulatedEngine, Step
+from engine_adapter.vllm.sampling import sampling_params
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+WORDS = ("simulated", "words", "mean", "nothing")
+"""What every answer says, over and over: one word to a token."""
+
+DEFAULTS = {"max_tokens": 128}
+"""An answer has as many tokens as it may have; this many where the request does not say."""
+
+
+class RealTimeEngine:
+    """The `Engine` of `StreamingPrompts` on a simulated one. For one event loop."""
+
+    def __init__(self, engine: SimulatedEngine, speed: float = 1.0) -> None:
+        """
+        Args:
+            speed: simulated seconds in a real one.
+        """
+        self._engine = engine
+        self._speed = speed
+        self._calls: deque[tuple[Callable[[], Status | None], asyncio.Future[Status]]] = deque()
+        self._called = asyncio.Event()
+        self._outputs: dict[str, asyncio.Queue[Output | None]] = {}
+        self.late_s = 0.0
+        """Simulated seconds by which steps took longer than estimated, because the machine
+        that simulates was too slow."""
+
+    async def run(self) -> None:
+        """Turn the loop; ends only by an error or by being cancelled."""
+        loop, engine = asyncio.get_running_loop(), self._engine
+        origin_s = loop.time() - engine.now_s / self._speed
+
+        def now_s() -> float:
+            return (loop.time() - origin_s) * self._speed
+
+        while True:
+            self._carry_out()
+            if engine.scheduler.has_requests():
+                step = engine.step()
+                if step is None:  # e.g. everything was found in the prefix cache
+                    engine.now_s += engine.hardware.step_overhead_s
+                await self._pass(now_s())
+                self._hand_out(step)
+            else:
+                await self._called.wait()
+                engine.now_s = max(engine.now_s, now_s())
+
+    async def _pass(self, now_s: float) -> None:
+        """Let the time of the step under way go by.
+
+        The next one begins at its end, however late this task is woken; only a step that this
+        machine can't keep up with takes longer than estimated.
+        """
+        left_s = self._engine.now_s - now_s
+        if left_s < 0:
+            self._engine.now_s = now_s
+            self.late_s -= left_s
+        await asyncio.sleep(max(left_s, 0.0) / self._speed)
+
+    def _carry_out(self) -> None:
+        self._called.clear()
+        while self._calls:
+            call, done = self._calls.popleft()
+            if not done.cancelled():
+                self._settle(call, done)
+
+    @staticmethod
+    def _settle(call: Callable[[], Status | None], done: asyncio.Future[Status]) -> None:
+        try:
+            done.set_result(call() or {})
+        except Exception as e:
+            logger.exception("an operation failed")
+            done.set_exception(EngineError(repr(e)))
+
+    def _hand_out(self, step: Step | None) -> None:
+        for output in step.outputs if step is not None else ():
+            if (outputs := self._outputs.get(output.request_id)) is not None:
+                outputs.put_nowait(output)
+
+    def _call(self, call: Callable[[], Status | None]) -> asyncio.Future[Status]:
+        done: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._calls.append((call, done))
+        self._called.set()
+        return done
+
+    # Operations.
+
+    def open(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None
+    ) -> asyncio.Future[Status]:
+        return self._call(lambda: self._engine.open(prompt_id, tokens, cache_salt))
+
+    def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> asyncio.Future[Status]:
+        return self._call(lambda: self._engine.extend(prompt_id, keep, tokens))
+
+    def status(self, prompt_id: str) -> asyncio.Future[Status]:
+        return self._call(lambda: self._engine.scheduler.status(prompt_id))
+
+    def close(self, prompt_id: str) -> asyncio.Future[Status]:
+        return self._call(lambda: self._engine.scheduler.close_prompt(prompt_id))
+
+    def load(self) -> asyncio.Future[Status]:
+        """How busy the engine is; see `StreamScheduler.load`."""
+        return self._call(self._engine.scheduler.load)
+
+    async def set_policy(self, policy: str) -> None:
+        """Order by another policy from the next step on."""
+        await self._call(lambda: self._engine.scheduler.set_policy(policy))
+
+    # Answers.
+
+    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> SamplingParams:
+        """What vLLM would take. Of all values only `max_tokens` has an effect here."""
+        return sampling_params(sampling, prompt_id, room, DEFAULTS)
+
+    def answer(
+        self, session: Session, params: SamplingParams, request_id: str
+    ) -> AsyncGenerator[Event, None]:
+        """Generate the answer of a finished session. Closing the iterator aborts it."""
+        return self.generate(
+            request_id, session.tokens, params.max_tokens, session.prompt_id, session.cache_salt
+        )
+
+    async def generate(
+        self,
+        request_id: str,
+        tokens: list[int],
+        max_tokens: int,
+        prompt_id: str | None = None,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """Generate an answer. Closing the iterator aborts it."""
+        outputs = self._outputs[request_id] = asyncio.Queue()
+        try:
+            await self._call(
+                lambda: self._engine.finish(request_id, tokens, prompt_id, max_tokens, cache_salt)
+            )
+            async for event in _events(outputs, len(tokens)):
+                yield event
+        except EngineError as e:
+            yield ErrorEvent(error=e.to_json())
+        finally:
+            self._outputs.pop(request_id, None)
+            self._call(lambda: self._engine.abort(request_id))
+
+    async def abort(self, request_id: str) -> None:
+        """Stop an answer."""
+        await self._call(lambda: self._engine.abort(request_id))
+        if (outputs := self._outputs.get(request_id)) is not None:
+            outputs.put_nowait(None)
+
+
+async def _events(
+    outputs: asyncio.Queue[Output | None], prompt_tokens: int
+) -> AsyncGenerator[Event, None]:
+    """What the outputs of one request say; None among them is its end by an abort."""
+    count = cached_tokens = 0
+    while (output := await outputs.get()) is not None:
+        cached_tokens = max(cached_tokens, output.cached_tokens or 0)
+        yield TokenEvent(token_ids=output.token_ids, text=words(count, len(output.token_ids)))
+        count += len(output.token_ids)
+        if output.finished:
+            yield DoneEvent(
+                finish_reason="length",
+                prompt_tokens=prompt_tokens,
+                cached_tokens=cached_tokens,
+                completion_tokens=count,
+            )
+            return
+    yield ErrorEvent(error=EngineUnavailable("the engine aborted the answer").to_json())
+
+
+def words(begin: int, count: int) -> str:
+    """The text of `count` tokens behind the first `begin` ones of an answer."""
+    return "".join(
+        f" {WORDS[i % len(WORDS)]}" if i else WORDS[0] for i in range(begin, begin + count)
+    )
