@@ -1,8 +1,9 @@
 """The shipping scheduler on a virtual clock: the model is replaced by what a step would cost.
 
 Nothing of the scheduler is simulated: `StreamScheduler`, vLLM's KV cache manager and its
-prefix cache run as they ship. What a step takes comes from `hardware.py`; operations take
-effect between steps, as in the real engine.
+prefix cache run as they ship, and so does its offloading connector where the engine is given
+host memory. What a step takes comes from `hardware.py`; operations take effect between steps, as
+in the real engine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -28,7 +30,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from engine_adapter.scheduling import policies
 from engine_adapter.sessions import Status
-from engine_adapter.simulated.hardware import Hardware, Model
+from engine_adapter.simulated.hardware import Hardware, Model, estimated_cost
+from engine_adapter.simulated.transfers import Transfers
 from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
 
 BLOCK_TOKENS = 16
@@ -79,9 +82,12 @@ class SimulatedEngine:
     max_requests: int = 1024
     kv_tokens: int | None = None
     """Size of the KV pool; None for what the hardware holds beside the model."""
+    host_bytes: float = 0.0
+    """Host memory for KV that is swapped out; without any, what is evicted is recomputed."""
     now_s: float = 0.0
     counters: Counters = field(default_factory=Counters)
     scheduler: StreamScheduler = field(init=False)
+    transfers: Transfers = field(init=False)
     _hasher: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,8 +95,12 @@ class SimulatedEngine:
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hash_fn)
-        self.scheduler = _scheduler(self.model, blocks, self.step_tokens, self.max_requests)
+        self.scheduler = _scheduler(
+            self.model, blocks, self.step_tokens, self.max_requests, self.host_bytes
+        )
         self.scheduler.set_policy(self.policy)
+        self.scheduler.set_cost(estimated_cost(self.hardware, self.model, self.step_tokens))
+        self.transfers = Transfers(self.hardware.transfer_s(self.model, BLOCK_TOKENS))
         self.scheduler._clock = lambda: self.now_s
 
     def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None = None) -> Status:
@@ -141,15 +151,20 @@ class SimulatedEngine:
             return None
         output = self.scheduler.schedule()
         computed = output.total_num_scheduled_tokens
+        if (copies := output.kv_connector_metadata) is not None:
+            self.now_s = self.transfers.begin(copies, self.now_s)
+        loading = self.transfers.next_load_s is not None
         if computed:
             step_s = self.hardware.step_s(self.model, _work(output))
             self.now_s += step_s
             self.counters.steps += 1
             self.counters.busy_s += step_s
             self.counters.computed_tokens += computed
+        elif (load_s := self.transfers.next_load_s) is not None:
+            self.now_s = max(self.now_s, load_s)
         answers = self.scheduler.update_from_output(output, self._result(output))
         produced = [_output(one) for outputs in answers.values() for one in outputs.outputs]
-        return Step(produced) if computed else None
+        return Step(produced) if computed or loading else None
 
     def _result(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """A token for each request whose prompt is complete, none for the others."""
@@ -163,6 +178,7 @@ class SimulatedEngine:
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
+            kv_connector_output=self.transfers.ended(self.now_s),
         )
 
 
@@ -185,7 +201,9 @@ def _work(output: SchedulerOutput) -> Iterator[tuple[int, int]]:
         yield start, counts[request_id]
 
 
-def _scheduler(model: Model, blocks: int, step_tokens: int, max_requests: int) -> StreamScheduler:
+def _scheduler(
+    model: Model, blocks: int, step_tokens: int, max_requests: int, host_bytes: float
+) -> StreamScheduler:
     """The shipping scheduler for a model of which only the shape is known."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(_shape(model)))
@@ -198,10 +216,15 @@ def _scheduler(model: Model, blocks: int, step_tokens: int, max_requests: int) -
             block_size=32,  # of the platform this runs on; the scheduler is given its own
             enforce_eager=True,
             dtype="bfloat16",
+            kv_transfer_config=_swapping(host_bytes) if host_bytes else None,
         ).create_engine_config()
     config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(
-        block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.bfloat16
+    config.cache_config.block_size = BLOCK_TOKENS
+    spec = FullAttentionSpec(  # one layer as wide as all of the model's
+        block_size=BLOCK_TOKENS,
+        num_kv_heads=model.layers * model.kv_heads,
+        head_size=model.head_size,
+        dtype=torch.bfloat16,
     )
     return StreamScheduler(
         vllm_config=config,
@@ -214,6 +237,14 @@ def _scheduler(model: Model, blocks: int, step_tokens: int, max_requests: int) -
         block_size=BLOCK_TOKENS,
         hash_block_size=BLOCK_TOKENS,
         log_stats=False,
+    )
+
+
+def _swapping(host_bytes: float) -> KVTransferConfig:
+    return KVTransferConfig(
+        kv_connector="OffloadingConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"cpu_bytes_to_use": int(host_bytes)},
     )
 
 

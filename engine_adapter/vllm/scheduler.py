@@ -30,10 +30,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from engine_adapter.scheduling import policies
+from engine_adapter.scheduling.cost import CostModel
 from engine_adapter.scheduling.order import Order
 from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
+from engine_adapter.vllm.host import HostMemory
 from engine_adapter.vllm.kv import BlockTables
 from engine_adapter.vllm.setup import cost_model, setup_of
 
@@ -60,6 +62,8 @@ class OpenPrompt:
     last_input_s: float
     scheduled: bool = False
     """The request is in vLLM's queues; otherwise it is parked."""
+    lost_tokens: int = 0
+    """How many of its first tokens had been computed when its KV was last taken."""
 
     @property
     def remaining_tokens(self) -> int:
@@ -84,6 +88,11 @@ def _settings(config: Any) -> dict[str, str]:
     return settings
 
 
+def _loading(request: Request) -> bool:
+    """Its KV is being fetched; until then it computes nothing and keeps its blocks."""
+    return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
+
+
 class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's asynchronous scheduler with open prompts."""
 
@@ -104,6 +113,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self.setup = setup_of(self.vllm_config)
         self.cost = cost_model(settings.get("cost_model"), self.setup)
         """What bringing back a victim's KV costs; None if nobody has measured it."""
+        self._host = HostMemory(self.connector, self.cost)
         self._by_request: dict[str, OpenPrompt] = {}
         self._touched: dict[str, None] = {}  # request ids whose views may be out of date
         self._deferred: dict[str, None] = {}  # those that vLLM kept back a step ago
@@ -134,6 +144,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         pool = self.kv_cache_manager.block_pool
         free_before = pool.get_num_free_blocks()
         self._renew(prompt, prompt.request.prompt_token_ids[:keep] + tokens, keep)
+        prompt.lost_tokens = min(prompt.lost_tokens, keep)
         prompt.last_input_s = self._clock()  # its new request is touched already
         self._replan = True
         given_back = max(before - prompt.request.num_computed_tokens, 0)
@@ -145,7 +156,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
             self._forget(prompt)
-            self._free_request_blocks(prompt.request)
+            self._release(prompt.request)
             self._replan = True
 
     def status(self, prompt_id: str) -> dict[str, int | str]:
@@ -168,6 +179,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """
         self._order = Order(policies.named(policy), self._order.views())
         self._replan = True
+
+    def set_cost(self, cost: CostModel) -> None:
+        """Reckon by these costs from the next step on what bringing KV back costs."""
+        self.cost = cost
+        self._host = HostMemory(self.connector, cost)
 
     def load(self) -> dict[str, int | str]:
         """Policy, hardware, cost model, and how busy the engine is, in requests and KV blocks."""
@@ -206,7 +222,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_external_cached_tokens=0,
                 )
         self._touched[request.request_id] = None
+        fetches = self._fetches(request, 0 if prompt is None else prompt.lost_tokens)
         super().add_request(request)
+        if not fetches and self.cost is not None:  # otherwise the connector does as configured
+            self._host.forbid(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._last_input_s.pop(request.request_id, None)
@@ -222,6 +241,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step: decide, make room, delegate to vLLM."""
         self._replan = False
+        self._take_in_loads()
         # Waiting requests that hold blocks must be governed even with no prompt open:
         # vLLM alone never takes blocks from them, and they could wait for each other.
         if not self._prompts and not self.kv_holding_waiting:
@@ -230,6 +250,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         try:
             return super().schedule(throttle_prefills)
         finally:
+            self._settle_for_computing()
             self._grants = None
             for request in hidden:
                 self._enqueue_waiting_request(request)
@@ -297,6 +318,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             slots=self.max_num_active_reqs - (len(self.running) - partial),
             watermark_blocks=self.kv_cache_manager.watermark_blocks if self.running else 0,
             freeable_blocks=self._freeable_blocks,
+            restore_s=self._restore_s,
         )
 
     @property
@@ -316,6 +338,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             return 0
         return self._tables.exclusive(view.request_id)
 
+    def _restore_s(self, view: View, keep_blocks: int) -> float:
+        """What it costs to give a request back what it holds behind its first blocks."""
+        keep_tokens = keep_blocks * self._tables.block_size
+        return self._host.restore(view.computed_tokens, keep_tokens)[1]
+
     def _refresh(self) -> None:
         """Bring the order up to date: what was touched, what runs, what vLLM holds back."""
         steady = self._steady
@@ -328,8 +355,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         for request_id in self._touched | deferred | self._deferred:
             if (prompt := self._by_request.get(request_id)) is not None:
                 self._order.put(self._view_of_prompt(prompt))
-            elif (request := self.requests.get(request_id)) is not None:
-                self._order.put(self._view_of_request(request))
+            elif (r := self.requests.get(request_id)) is not None and not r.is_finished():
+                self._order.put(self._view_of_request(r))
         self._touched.clear()
         self._deferred = deferred
 
@@ -346,7 +373,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _view_of_prompt(self, prompt: OpenPrompt) -> View:
         request = prompt.request
         running = request.status == RequestStatus.RUNNING
-        remaining, step_tokens = prompt.remaining_tokens, self._step_tokens
+        remaining = 0 if _loading(request) else prompt.remaining_tokens
+        step_tokens = self._step_tokens
         step = remaining if remaining < step_tokens else step_tokens
         tokens = request.num_computed_tokens + step if running else request.num_tokens
         return View(
@@ -369,6 +397,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         decoding = running and not request.is_prefill_chunk
         computed = request.num_computed_tokens
         remaining = request.num_tokens_with_spec + request.num_output_placeholders - computed
+        if _loading(request):
+            remaining = 0
         step_tokens = self._step_tokens
         step = min(remaining, step_tokens) + self.num_lookahead_tokens
         # vLLM admits a waiting request only if its whole sequence fits.
@@ -413,7 +443,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._evict_prompt(prompt, eviction.keep_blocks)
         for prompt in [p for i in self._grants if (p := self._by_request.get(i)) is not None]:
             self._activate(prompt)
-        for prompt in [p for i, p in self._partial.items() if i not in self._grants]:
+        idle = [p for i, p in self._partial.items() if i not in self._grants]
+        for prompt in [p for p in idle if not _loading(p.request)]:
             self._renew(prompt, prompt.request.prompt_token_ids, prompt.request.num_tokens)
         rank = {request_id: i for i, request_id in enumerate(self._grants)}
         self.running.sort(key=lambda r: rank.get(r.request_id, len(rank)))
@@ -423,10 +454,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         waiting = [*self.kv_holding_waiting, *self.waiting]
         self.kv_holding_waiting.remove_requests(waiting)
         self.waiting.remove_requests(waiting)
-        granted = [r for r in waiting if r.request_id in rank]
-        for request in sorted(granted, key=lambda r: rank[r.request_id]):
+        shown = [r for r in waiting if r.request_id in rank or _loading(r)]
+        for request in sorted(shown, key=lambda r: rank.get(r.request_id, len(rank))):
             self._enqueue_waiting_request(request)
-        return [r for r in waiting if r.request_id not in rank]
+        return [r for r in waiting if r.request_id not in rank and not _loading(r)]
 
     def _evict_request(self, request: Request) -> None:
         """Take everything from an ordinary request, as vLLM's preemption does."""
@@ -444,6 +475,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _evict_prompt(self, prompt: OpenPrompt, keep_blocks: int) -> None:
         """Take the tail blocks of an open prompt and park it."""
         keep = min(keep_blocks * self._tables.block_size, prompt.request.num_computed_tokens)
+        prompt.lost_tokens = max(prompt.lost_tokens, prompt.request.num_computed_tokens)
         self._renew(prompt, prompt.request.prompt_token_ids, keep)
         self._preemptions += 1
 
@@ -453,7 +485,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         elif not prompt.scheduled:
             prompt.scheduled = True
             self._partial[prompt.request.request_id] = prompt
+            fetches = self._fetches(prompt.request, prompt.lost_tokens)
+            prompt.lost_tokens = 0
             super().add_request(prompt.request)
+            if not fetches:
+                self._host.forbid(prompt.request, store=self.cost is None)
 
     def _covered_by_cache(self, request: Request) -> bool:
         """Take the prefix-cache hits of a fresh request if they leave nothing to compute.
@@ -473,6 +509,51 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             request.num_computed_tokens = hit_tokens
             self._touched[request.request_id] = None
         return taken is not None
+
+    # Host memory.
+
+    def _fetches(self, request: Request, lost_tokens: int) -> bool:
+        """Choose whether a request's KV comes from host memory, as far as that has it.
+
+        vLLM asks its connector only for a request that has no KV. One that has kept some gives
+        it up for that: the prefix cache finds it again in the same step.
+
+        Args:
+            lost_tokens: how many of its first tokens had been computed before they were taken.
+        """
+        computed = request.num_computed_tokens
+        had_tokens = max(lost_tokens, 0 if computed else request.num_tokens)
+        if had_tokens <= computed or self._host.restore(had_tokens, computed)[0] == "recompute":
+            return False
+        if computed:
+            self._free_request_blocks(request)
+            request.num_computed_tokens = 0
+        return True
+
+    def _take_in_loads(self) -> None:
+        """Requests whose KV has come from host memory can be scheduled again, or parked."""
+        if not self.finished_recving_kv_req_ids:
+            return
+        for request in [r for r in self.kv_holding_waiting if _loading(r)]:
+            if self._handle_blocked_waiting_request(request):
+                self.deferred_waiting.discard(request)
+                self._touched[request.request_id] = None
+                prompt = self._partial.get(request.request_id)
+                if prompt is not None and not prompt.remaining_tokens:
+                    self._withdraw(prompt)
+
+    def _settle_for_computing(self) -> None:
+        """The request that vLLM stopped at, though it was granted tokens, fetches no KV.
+
+        vLLM admits a fetch only when it fits beside all that prefills under way still need. The
+        request would keep its grant from them meanwhile, and nobody would get on.
+        """
+        if self.connector is None:
+            return
+        queue = itertools.chain(self.kv_holding_waiting, self.waiting)
+        stopped_at = next((r for r in queue if r not in self.deferred_waiting), None)
+        if stopped_at is not None and stopped_at.request_id in (self._grants or {}):
+            self._host.forbid(stopped_at)
 
     # Versions.
 
@@ -525,6 +606,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         A step may still be computing the old request's newest tokens: workers run steps in
         order, so what the successor's step reads is written by then.
         """
+        if old.request_id in self.requests:
+            return  # vLLM frees its blocks when what is being fetched into them has come
         keep = min(keep, common_prefix(old.prompt_token_ids, new.prompt_token_ids))
         computed = min(keep, new.num_tokens - 1, old.num_computed_tokens)
         shorter = computed < old.num_computed_tokens
@@ -538,6 +621,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._tables.hand_over(old.request_id, new.request_id)
         new.num_computed_tokens = computed
 
+    def _release(self, request: Request) -> None:
+        """Free the blocks of a withdrawn request."""
+        if request.request_id not in self.requests:
+            self._free_request_blocks(request)
+
     def _free_blocks_of_tail(self, blocks: list[KVCacheBlock]) -> None:
         self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
 
@@ -549,6 +637,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         prompt.scheduled = False
         self._touched[request.request_id] = None
         del self._partial[request.request_id]
+        if _loading(request):
+            super().finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+            request.num_computed_tokens = 0
+            return
         del self.requests[request.request_id]
         self._inflight_prefills.discard(request)
         if request.status == RequestStatus.RUNNING:
@@ -559,5 +651,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             self.deferred_waiting.discard(request)
         if self.aux_output_connector is not None:
             self.aux_output_connector.request_finished(request)
-        request.status = RequestStatus.WAITING
+        request.status = RequestStatus.FINISHED_ABORTED
+        self._connector_finished(request)
         self.finished_req_ids.add(request.request_id)

@@ -10,27 +10,52 @@ digest, so the answer to a prompt is known without running it.
 from __future__ import annotations
 
 import functools
+import random
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+    TransferJob,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from engine_adapter.scheduling.cost import CostModel, Curve, Point, Setup
 from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
 VOCABULARY = 50
+HOST_BLOCK_BYTES = CPUOffloadingSpec.BLOCK_SIZE_ALIGNMENT
+"""What a block takes of host memory: those of the harness are smaller than the least."""
+
+
+def _line(s_per_token: float) -> Curve:
+    points = (Point(tokens=1, seconds=s_per_token),)
+    return Curve(fixed_s=0, s_per_token=s_per_token, s_per_token2=0, r2=1, points=points)
+
+
+SWAP_IS_CHEAP = CostModel(
+    setup=Setup(model="digests", hardware="harness", settings=""),
+    source="estimated",
+    recompute=_line(1.0),
+    swap_out=_line(0.1),
+    swap_in=_line(0.1),
+)
 
 
 def digest(prefix: int, token: int) -> int:
@@ -60,13 +85,78 @@ class WorkerRequest:
 
 
 @dataclass
+class HostCopies:
+    """Copies of KV blocks to host memory and back, each as late as vLLM allows it to be.
+
+    A copy out reads its blocks when it ends: whoever wrote to them before without waiting for it
+    has spoiled it. A copy in writes to its blocks when it ends.
+    """
+
+    slots: dict[tuple[int, int], int]
+    random: random.Random
+    host: dict[int, list[int | None]] = field(default_factory=dict)
+    out: dict[int, TransferJob] = field(default_factory=dict)
+    back: dict[int, TransferJob] = field(default_factory=dict)
+    ended: list[int] = field(default_factory=list)
+    received: set[str] = field(default_factory=set)
+    fetched_blocks: int = 0
+
+    def begin(self, asked: OffloadingConnectorMetadata) -> None:
+        """At the beginning of a step: end some copies, those it waits for among them."""
+        flushed = asked.jobs_to_flush or set()
+        for job_id in [i for i in asked.store_jobs if i in flushed]:
+            self.out[job_id] = asked.store_jobs.pop(job_id)
+        for job_id in [i for i in self.out if i in flushed or self.random.random() < 0.4]:
+            self._store(self.out.pop(job_id))
+            self.ended.append(job_id)
+        for job_id in [i for i in self.back if self.random.random() < 0.4]:
+            self._load(self.back.pop(job_id))
+            self.ended.append(job_id)
+        self.out |= asked.store_jobs
+        self.back |= asked.load_jobs
+
+    def report(self) -> KVConnectorOutput | None:
+        if not self.ended:
+            return None
+        meta = OffloadingWorkerMetadata()
+        for job_id in self.ended:
+            meta.mark_completed(job_id)
+        output = KVConnectorOutput(
+            finished_recving=set(self.received), kv_connector_worker_meta=meta
+        )
+        self.ended.clear()
+        self.received.clear()
+        return output
+
+    def _store(self, job: TransferJob) -> None:
+        for block, chunk in zip(job.src_spec.block_ids, job.dst_spec.block_ids, strict=True):
+            self.host[int(chunk)] = [self.slots.get((int(block), i)) for i in range(BLOCK_SIZE)]
+
+    def _load(self, job: TransferJob) -> None:
+        self.received.add(job.req_id)
+        for chunk, block in zip(job.src_spec.block_ids, job.dst_spec.block_ids, strict=True):
+            self.fetched_blocks += 1
+            for i, held in enumerate(self.host[int(chunk)]):
+                if held is None:
+                    self.slots.pop((int(block), i), None)
+                else:
+                    self.slots[int(block), i] = held
+
+
+@dataclass
 class Worker:
     """Follows scheduler outputs as vLLM's model runner does, and checks them."""
 
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
     requests: dict[str, WorkerRequest] = field(default_factory=dict)
+    copies: HostCopies = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copies = HostCopies(self.slots, random.Random(0))
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        if output.kv_connector_metadata is not None:
+            self.copies.begin(output.kv_connector_metadata)
         for request_id in output.finished_req_ids:
             self.requests.pop(request_id, None)
         starts: dict[str, int] = {}
@@ -96,6 +186,7 @@ class Worker:
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
+            kv_connector_output=self.copies.report(),
         )
 
     def _compute(self, request_id: str, start: int, count: int) -> list[int]:
@@ -120,8 +211,13 @@ class Worker:
 
 
 @functools.cache
-def _engine_config(model: Path) -> Any:
-    return EngineArgs(
+def _engine_config(model: Path, host_blocks: int) -> Any:
+    swapping = KVTransferConfig(
+        kv_connector="OffloadingConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"cpu_bytes_to_use": host_blocks * HOST_BLOCK_BYTES},
+    )
+    config = EngineArgs(
         model=str(model),
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=MAX_MODEL_LEN,
@@ -129,14 +225,19 @@ def _engine_config(model: Path) -> Any:
         block_size=32,
         enforce_eager=True,
         dtype="float32",
+        kv_transfer_config=swapping if host_blocks else None,
     ).create_engine_config()
+    config.cache_config.block_size = BLOCK_SIZE
+    return config
 
 
 class Engine:
     """vLLM's engine loop without processes: two steps in flight, as under async scheduling."""
 
-    def __init__(self, model: Path, blocks: int, step_tokens: int = 24) -> None:
-        config = _engine_config(model)
+    def __init__(
+        self, model: Path, blocks: int, step_tokens: int = 24, host_blocks: int = 0
+    ) -> None:
+        config = _engine_config(model, host_blocks)
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
@@ -156,6 +257,8 @@ class Engine:
             hash_block_size=BLOCK_SIZE,
             log_stats=False,
         )
+        if host_blocks:
+            self.scheduler.set_cost(SWAP_IS_CHEAP)
         self.scheduler._check = True
         self.scheduler.max_num_scheduled_tokens = step_tokens
         self.worker = Worker()
@@ -199,7 +302,7 @@ class Engine:
         if self.in_flight and (len(self.in_flight) == 2 or not progressed):
             self._finish_step()
             progressed = True
-        return progressed
+        return progressed or bool(self.worker.copies.out or self.worker.copies.back)
 
     def _finish_step(self) -> None:
         output, result = self.in_flight.popleft()

@@ -21,9 +21,10 @@ SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // 4 + 8
 class History:
     """One random run: what clients do, and what each of them must get."""
 
-    def __init__(self, model: Path, seed: int, blocks: int) -> None:
+    def __init__(self, model: Path, seed: int, blocks: int, host_blocks: int = 0) -> None:
         self.random = random.Random(seed)
-        self.engine = Engine(model, blocks, step_tokens=self.random.choice([5, 16, 40]))
+        step_tokens = self.random.choice([5, 16, 40])
+        self.engine = Engine(model, blocks, step_tokens, host_blocks)
         self.switch_policy()
         self.open: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
@@ -113,9 +114,11 @@ class History:
         self.engine.drain()
 
 
-def answered_exactly(model: Path, blocks: int, seed: int, actions: int) -> None:
+def answered_exactly(
+    model: Path, blocks: int, seed: int, actions: int, host_blocks: int = 0
+) -> Engine:
     """Run a history; every answer must be right and no block lost."""
-    history = History(model, seed, blocks)
+    history = History(model, seed, blocks, host_blocks)
     for _ in range(actions):
         history.act()
     history.end()
@@ -123,6 +126,7 @@ def answered_exactly(model: Path, blocks: int, seed: int, actions: int) -> None:
     assert answers == history.expected
     assert history.engine.free_blocks == history.engine.idle_blocks
     history.engine.scheduler.check_blocks()
+    return history.engine
 
 
 histories = given(seed=st.integers(0, 2**32), actions=st.integers(5, 80))
