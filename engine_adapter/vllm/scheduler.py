@@ -298,6 +298,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                 if not prompt.remaining_tokens:
                     self._withdraw(prompt)
 
+    def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if request.status != RequestStatus.RUNNING:  # a token from before it was preempted
+            self._touched[request.request_id] = None
+        return super()._update_request_with_output(request, *args, **kwargs)
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self._touched[request.request_id] = None
