@@ -102,7 +102,26 @@ def plan(
             prefill_tokens += grant
         if not stays:
             slots -= 1
+    if not grants and budget_tokens > 0:
+        grants = _rescue(order, purse, budget_tokens, slots, watermark_blocks)
     return Plan(grants, tuple(evicted.values()))
+
+
+def _rescue(
+    order: Order, purse: _Purse, budget_tokens: int, slots: int, watermark_blocks: int
+) -> dict[str, int]:
+    """Where nobody can go on, the first full request takes from partial ones of any rank.
+
+    By `default`, prompts that are idle can rank before all that have something to compute.
+    """
+    view = next((entry[2] for entry in order.ready if entry[2].full), None)
+    if view is None or view.request_id in purse.evictions or not (slots > 0 or view.running):
+        return {}
+    missing = view.needed_blocks - view.held_blocks
+    wanted = missing if view.running else missing + watermark_blocks
+    if not purse.take_from_partial(wanted):
+        return {}
+    return {view.request_id: min(view.remaining_tokens, budget_tokens)}
 
 
 WINDOW = 8
@@ -146,25 +165,46 @@ class _Purse:
         while freed < lacking and at > 0:
             asked = at
             at, offers = self._look(taker, at)
-            for victim in self._cheapest_first(offers, lacking - freed):
-                freeable = self._freeable_blocks(victim)
-                if freeable <= 0:
-                    continue
-                taken = min(freeable, lacking - freed) if victim.divisible else freeable
-                keep = victim.held_blocks - taken if victim.divisible else 0
-                found.append(Eviction(victim.request_id, keep))
-                freed += taken
-                if freed >= lacking:
-                    break
+            freed += self._choose(offers, lacking - freed, found)
         fits = freed >= lacking
         if not full and not fits:
             self._reach = freed
             return False
-        self.evictions.update((eviction.request_id, eviction) for eviction in found)
-        self.free_blocks += freed
+        self._evict(found, freed)
         if full:  # what is left of the last window may be asked again
             self._asked = asked if fits else at
         return fits
+
+    def take_from_partial(self, wanted: int) -> bool:
+        """Evict partial requests of any rank until `wanted` blocks are free; all or nobody."""
+        offers = [e[2] for e in reversed(self._holders) if not e[2].full]
+        offers = [view for view in offers if view.request_id not in self.evictions]
+        found: list[Eviction] = []
+        lacking = wanted - self.free_blocks
+        freed = self._choose(offers, lacking, found)
+        if freed < lacking:
+            return False
+        self._evict(found, freed)
+        return True
+
+    def _choose(self, offers: list[View], lacking: int, found: list[Eviction]) -> int:
+        """Add the cheapest of some victims to those found; returns the blocks they free."""
+        freed = 0
+        for victim in self._cheapest_first(offers, lacking):
+            if freed >= lacking:
+                break
+            freeable = self._freeable_blocks(victim)
+            if freeable <= 0:
+                continue
+            taken = min(freeable, lacking - freed) if victim.divisible else freeable
+            keep = victim.held_blocks - taken if victim.divisible else 0
+            found.append(Eviction(victim.request_id, keep))
+            freed += taken
+        return freed
+
+    def _evict(self, found: list[Eviction], freed: int) -> None:
+        self.evictions.update((eviction.request_id, eviction) for eviction in found)
+        self.free_blocks += freed
 
     def _look(self, taker: Entry, at: int) -> tuple[int, list[View]]:
         """The next victims from the back on, and where they begin; 0 for the end."""

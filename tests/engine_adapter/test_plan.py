@@ -182,6 +182,17 @@ def test_the_cheapest_of_the_victims_at_the_back_goes_first() -> None:
     assert [e.request_id for e in result.evictions] == ["cheap"], "front is among the first to run"
 
 
+def test_an_answer_does_not_wait_for_ever_for_idle_prompts_that_came_first() -> None:
+    idle = view("idle", full=False, remaining_tokens=0, held_blocks=9)
+    answer = view("a", arrival_s=1, running=True, decoding=True, held_blocks=3, needed_blocks=4)
+    order = Order(policies.named("default"), [idle, answer])
+    result = plan(order, budget_tokens=9, free_blocks=0, slots=9)
+    assert result == Plan({"a": 9}, (Eviction("idle", 0),))
+    busy = view("busy", held_blocks=3)
+    order = Order(policies.named("default"), [idle, answer, busy])
+    assert dict(plan(order, budget_tokens=9, free_blocks=0, slots=9).grants) == {"busy": 9}
+
+
 def test_an_unknown_policy_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"no policy 'x'; there are default, fcfs"):
         policies.named("x")

@@ -131,26 +131,30 @@ def answered_exactly(
 
 histories = given(seed=st.integers(0, 2**32), actions=st.integers(5, 80))
 pools = pytest.mark.parametrize(
-    "blocks", [SMALL_POOL_BLOCKS, 400], ids=["small pool", "large pool"]
+    ("blocks", "host_blocks"),
+    [(SMALL_POOL_BLOCKS, 0), (SMALL_POOL_BLOCKS, 10), (SMALL_POOL_BLOCKS, 60), (400, 0)],
+    ids=["small pool", "little host memory", "host memory", "large pool"],
 )
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pools
-@settings(patient, max_examples=100)
+@settings(patient, max_examples=60)
 @histories
 def test_every_history_is_answered_exactly_and_leaves_no_block(
-    model_dir: Path, blocks: int, seed: int, actions: int
+    model_dir: Path, blocks: int, host_blocks: int, seed: int, actions: int
 ) -> None:
-    answered_exactly(model_dir, blocks, seed, actions)
+    answered_exactly(model_dir, blocks, seed, actions, host_blocks)
 
 
 @pytest.mark.engine  # not for its needs, for its time
 @pools
 @settings(patient, max_examples=1000)
 @histories
-def test_two_thousand_histories(model_dir: Path, blocks: int, seed: int, actions: int) -> None:
-    answered_exactly(model_dir, blocks, seed, actions)
+def test_four_thousand_histories(
+    model_dir: Path, blocks: int, host_blocks: int, seed: int, actions: int
+) -> None:
+    answered_exactly(model_dir, blocks, seed, actions, host_blocks)
 
 
 def test_idle_prompts_give_way_to_an_ordinary_request(model_dir: Path) -> None:
@@ -237,3 +241,54 @@ def test_documents_that_come_back_are_found_in_the_prefix_cache(model_dir: Path)
     engine.scheduler.extend_prompt("p", 0, first)
     engine.step()
     assert engine.scheduler.status("p")["computed"] == 40
+
+
+def swapped_out(model_dir: Path, host_blocks: int = 60) -> Engine:
+    """An engine with an open prompt, 81 tokens, whose KV had to go for another request."""
+    engine = Engine(model_dir, SMALL_POOL_BLOCKS, host_blocks=host_blocks)
+    engine.scheduler.open_prompt("p", [5] * 81, None, engine.hasher)
+    engine.drain()
+    engine.request("plain", [7] * 90, 2)
+    while not engine.finished:
+        engine.step()
+    return engine
+
+
+def test_what_was_swapped_out_comes_back_without_being_computed(model_dir: Path) -> None:
+    engine = swapped_out(model_dir)
+    engine.drain()
+    assert engine.scheduler.status("p") == {"state": "idle", "length": 81, "computed": 80}
+    assert engine.worker.copies.fetched_blocks > 10
+
+
+def test_host_memory_that_is_full_means_computing_again(model_dir: Path) -> None:
+    engine = swapped_out(model_dir, host_blocks=3)
+    engine.drain()
+    assert engine.scheduler.status("p")["computed"] == 80
+    assert engine.worker.copies.fetched_blocks <= 3
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("change", ["update", "invalidate", "finish", "close"])
+def test_a_prompt_changes_while_its_kv_is_swapped_out_or_on_its_way_back(
+    model_dir: Path, change: str, steps: int
+) -> None:
+    engine = swapped_out(model_dir)
+    for _ in range(steps):
+        engine.step()
+    tokens = [5] * 81
+    match change:
+        case "update":
+            engine.scheduler.extend_prompt("p", 30, [6] * 20)
+            tokens = [5] * 30 + [6] * 20
+        case "invalidate":
+            engine.scheduler.extend_prompt("p", 30, [])
+            tokens = [5] * 30
+        case "close":
+            engine.scheduler.close_prompt("p")
+    engine.step()
+    prompt_id = None if change == "close" else "p"
+    engine.request("answer", [*tokens, 8], 3, prompt_id)
+    engine.drain()
+    assert engine.answers["answer"] == expected_answer([*tokens, 8], 3)
+    assert engine.free_blocks == engine.idle_blocks
