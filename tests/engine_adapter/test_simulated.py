@@ -49,7 +49,8 @@ def test_an_answer_gets_a_token_a_step_and_its_blocks_go_when_it_is_aborted() ->
     engine = SimulatedEngine(H100X2, LLAMA_3_1_8B)
     idle_blocks = engine.scheduler.load()["kv_blocks_free"]
     engine.open("p", list(range(2000)))
-    engine.step()
+    while engine.step() is not None:
+        pass
     engine.finish("short", list(range(2100)), "p", max_tokens=3)
     engine.finish("long", list(range(9000, 9100)), None, max_tokens=1000)
     steps = [step for _ in range(3) if (step := engine.step()) is not None]
