@@ -37,6 +37,9 @@ TOKEN_IDS = range(100, 1000)
 IDLE_WITHIN_S = 5.0
 PROMPT_WITHIN_S = 600.0
 
+RESTLESS = 1.5
+"""Longest over shortest time of one size, from which on the machine was not quiet."""
+
 ANSWER = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 Seconds = Mapping[int, Sequence[float]]
@@ -211,6 +214,12 @@ def table(name: str, seconds: Seconds, curve: Curve) -> str:
         f"seconds = {curve.fixed_s:.3g} + {curve.s_per_token:.3g} n + "
         f"{curve.s_per_token2:.3g} n^2, R^2 {curve.r2:.4f}"
     )
+    apart = max(max(times) / max(min(times), 1e-6) for times in seconds.values())
+    if apart > RESTLESS:
+        lines.append(
+            f"WARNING: times of one size differ by up to {apart:.1f}x; something else used the "
+            "machine, so measure again when it is quiet"
+        )
     return "\n".join(lines)
 
 

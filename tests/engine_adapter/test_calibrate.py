@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -127,6 +128,15 @@ async def test_the_command_measures_prints_and_writes_a_file_that_loads(
     assert "no swapping on this engine: recompute only" in out
     assert f"R^2 {cost.recompute.r2:.4f}" in out
     assert str(tmp_path / "fake--2x-fake--none.json") in out
+
+
+async def test_times_that_differ_too_much_are_warned_of(serve: Serve) -> None:
+    engine = FakeEngine()
+    calls = itertools.count()
+    engine.prefill_s = lambda tokens: 0.2 if next(calls) == 4 else 0.02
+    said: list[str] = []
+    await calibrate(await serve(engine), Options((40, 50, 60), 2), said.append)
+    assert any("WARNING: times of one size differ by up to" in text for text in said)
 
 
 async def test_no_prompt_has_a_prefix_of_another(serve: Serve) -> None:
