@@ -7,6 +7,7 @@ Pure: no vLLM, no clock, no I/O. A scheduler keeps its requests, as `View`s, in 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -79,7 +80,8 @@ def plan(
                 speculative = policy.speculative_tokens(prefill_tokens, order.partial_tokens)
             if speculative <= 0:
                 break
-            most = min(most, speculative)
+            if speculative < most:
+                most = speculative
         grant = view.remaining_tokens if view.remaining_tokens < most else most
         stays = running and full
         if slots <= 0 and not stays:
@@ -215,10 +217,10 @@ class _Purse:
             if entry <= taker:
                 return 0, offers
             at -= 1
-            victim = entry[2]
-            if victim.request_id in self.evictions:
-                continue
-            if full or (not victim.full and entry[0][1] > rank):
+            (classes, victim_rank), _, victim = entry
+            if not full and victim_rank <= rank:  # so are all before it in its class
+                at = bisect_left(self._holders, ((classes,),), 0, at)
+            elif (full or not victim.full) and victim.request_id not in self.evictions:
                 offers.append(victim)
         return at, offers
 
