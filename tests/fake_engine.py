@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import uvloop
 from aiohttp import web
 
-from engine_adapter.errors import EngineError
+from engine_adapter.errors import EngineError, PromptFinished
 from engine_adapter.messages import (
     PREFIX,
     PROTOCOL_VERSION,
@@ -50,6 +50,12 @@ class FakeCore:
     async def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
         self.tokens[prompt_id] = self.tokens[prompt_id][:keep] + tokens
         return await self._done("extend", prompt_id)
+
+    async def reopen(self, prompt_id: str, version: int, tokens: list[int]) -> Status:
+        if prompt_id not in self.tokens:
+            raise PromptFinished("the answer has begun")
+        self.tokens[prompt_id] = list(tokens)
+        return await self._done("reopen", prompt_id)
 
     async def status(self, prompt_id: str) -> Status:
         length = len(self.tokens[prompt_id])
@@ -142,8 +148,9 @@ class FakeEngine:
 
     async def _finish(self, request: web.Request) -> web.StreamResponse:
         prompt_id = request.match_info["id"]
-        session = self.sessions.finish(prompt_id, decode(Finish, await request.read()))
+        session, answer = self.sessions.finish(prompt_id, decode(Finish, await request.read()))
         self.finished[prompt_id] = session.tokens
+        answer.begun = True
         await self.core.close(prompt_id)
         response = web.StreamResponse()
         await response.prepare(request)

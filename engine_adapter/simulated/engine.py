@@ -27,7 +27,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from engine_adapter.scheduling import policies
 from engine_adapter.simulated.hardware import Hardware, Model
-from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
+from engine_adapter.vllm.prompts import ADOPT
+from engine_adapter.vllm.scheduler import StreamScheduler
 
 BLOCK_TOKENS = 16
 MAX_MODEL_LEN = 131_072

@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -29,15 +29,18 @@ from engine_adapter.messages import (
     Invalidate,
     Message,
     Open,
+    Sampling,
     SetPolicy,
     decode,
     encode,
 )
 from engine_adapter.scheduling.policies import POLICIES, named
+from engine_adapter.vllm.answers import Answer
 from engine_adapter.vllm.engine import VllmEngine
 from engine_adapter.vllm.sessions import Limits, Session, Sessions
 
 if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -103,30 +106,42 @@ class StreamingPrompts:
         await self.engine.set_policy(op.policy)
         return await self.info()
 
-    def finish(self, prompt_id: str, op: Finish) -> AsyncIterator[bytes]:
+    def finish(self, prompt_id: str, op: Finish) -> AsyncGenerator[bytes, None]:
         """Close a prompt's input; the events of its answer as lines of JSON.
+
+        Whoever reads the lines closes them.
 
         Raises:
             EngineError: the operation is not valid; the prompt stays as it was.
         """
-        length = op.keep + len(op.tokens)
-        room = max(self._limits.max_model_len - length, 1)
-        params = self.engine.sampling_params(op.sampling, prompt_id, room)
-        session = self.sessions.finish(prompt_id, op)
-        return self._lines(session, params)
+        self._params(prompt_id, op.version, op.keep + len(op.tokens), op.sampling)
+        session, answer = self.sessions.finish(prompt_id, op)
+        return self._lines(session, answer, op.sampling)
 
-    async def _lines(self, session: Session, params: SamplingParams) -> AsyncIterator[bytes]:
-        request_id = f"{session.prompt_id}-answer-{next(self._numbers)}"
-        self._answers[session.prompt_id] = request_id
+    async def _lines(
+        self, session: Session, answer: Answer, sampling: Sampling
+    ) -> AsyncGenerator[bytes, None]:
+        def generate(version: int, tokens: list[int]) -> AsyncGenerator[Event, None]:
+            params = self._params(session.prompt_id, version, len(tokens), sampling)
+            request_id = f"{session.prompt_id}-answer-{next(self._numbers)}"
+            self._answers[session.prompt_id] = request_id
+            return self.engine.answer(tokens, session.cache_salt, params, request_id)
+
         try:
-            async with aclosing(self.engine.answer(session, params, request_id)) as events:
+            async with aclosing(answer.events(generate)) as events:
                 async for event in events:
                     yield _line(event)
         finally:
             self._answers.pop(session.prompt_id, None)
-            self.sessions.answered(session)
+            self.sessions.answered(session, answer)
             # vLLM may not have taken the request in: then the prompt is still open there.
             await asyncio.shield(self.engine.close(session.prompt_id))
+
+    def _params(
+        self, prompt_id: str, version: int, length: int, sampling: Sampling
+    ) -> SamplingParams:
+        room = max(self._limits.max_model_len - length, 1)
+        return self.engine.sampling_params(sampling, prompt_id, version, room)
 
     async def abort(self, prompt_id: str) -> Message:
         """Forget a prompt, also while it is being answered."""
@@ -168,6 +183,20 @@ class _Route(APIRoute):
         return handle
 
 
+class _LinesResponse(StreamingResponse):
+    """Closes its lines when the client goes away, whatever they wait for just then."""
+
+    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(lines, media_type="application/x-ndjson")
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._lines.aclose()
+
+
 router = APIRouter(prefix=PREFIX, route_class=_Route)
 
 
@@ -202,8 +231,7 @@ async def invalidate_prompt(prompt_id: str, request: Request) -> Response:
 @router.post("/prompts/{prompt_id}/finish")
 async def finish_prompt(prompt_id: str, request: Request) -> Response:
     op = decode(Finish, await request.body())
-    lines = _prompts(request).finish(prompt_id, op)
-    return StreamingResponse(lines, media_type="application/x-ndjson")
+    return _LinesResponse(_prompts(request).finish(prompt_id, op))
 
 
 @router.get("/prompts/{prompt_id}")

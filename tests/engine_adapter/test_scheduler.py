@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
+from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling.policies import POLICIES
 from tests.engine_adapter.harness import MAX_MODEL_LEN, Engine, expected_answer
 
@@ -26,7 +27,10 @@ class History:
         self.engine = Engine(model, blocks, step_tokens=self.random.choice([5, 16, 40]))
         self.switch_policy()
         self.open: dict[str, list[int]] = {}
+        self.versions: dict[str, int] = {}  # of the prompts, as of their newest update
         self.expected: dict[str, list[int]] = {}
+        self.ends: dict[str, tuple[str, list[int]]] = {}  # prompt and tokens, by request
+        self.given_up: list[str] = []
         self.documents = [self.text(self.random.randint(1, 30)) for _ in range(4)]
         self.number = 0
 
@@ -49,6 +53,8 @@ class History:
             actions += [self.do_close, self.switch_policy]
         if self.expected:
             actions += [self.do_abort]
+        if self.ends:
+            actions += [self.do_reopen] * 3
         self.random.choice(actions)()
 
     def switch_policy(self) -> None:
@@ -62,6 +68,7 @@ class History:
         tokens = self.some_tokens(20) or [1]
         self.engine.scheduler.open_prompt(prompt_id, list(tokens), None, self.engine.hasher)
         self.open[prompt_id] = tokens
+        self.versions[prompt_id] = 0
 
     def do_extend(self) -> None:
         self.change(keep_all=True)
@@ -71,13 +78,42 @@ class History:
 
     def change(self, keep_all: bool) -> None:
         prompt_id = self.random.choice(list(self.open))
-        tokens = self.open[prompt_id]
-        keep = len(tokens) if keep_all else self.random.randint(0, len(tokens))
-        new = self.some_tokens(min(30, MAX_MODEL_LEN - 12 - keep)) or ([2] if not keep else [])
+        keep, new = self.changed(self.open[prompt_id], keep_all)
         answer = self.engine.scheduler.extend_prompt(prompt_id, keep, new)
-        self.open[prompt_id] = tokens[:keep] + new
+        self.open[prompt_id] = self.open[prompt_id][:keep] + new
         assert answer["length"] == len(self.open[prompt_id])
         assert answer["computed"] <= keep
+
+    def changed(self, tokens: list[int], keep_all: bool) -> tuple[int, list[int]]:
+        longest = min(len(tokens), MAX_MODEL_LEN - 12)
+        keep = longest if keep_all else self.random.randint(0, longest)
+        return keep, self.some_tokens(min(30, MAX_MODEL_LEN - 12 - keep)) or ([] if keep else [2])
+
+    def reopen(self, prompt_id: str, tokens: list[int]) -> list[int]:
+        """Update a prompt whose input is closed; its new tokens."""
+        keep, new = self.changed(tokens, keep_all=self.random.random() < 0.3)
+        self.versions[prompt_id] += 1
+        answer = self.engine.scheduler.reopen_prompt(
+            prompt_id, self.versions[prompt_id], tokens[:keep] + new
+        )
+        assert answer["length"] == keep + len(new)
+        assert int(answer["computed"]) < keep + len(new)
+        return tokens[:keep] + new
+
+    def do_reopen(self) -> None:
+        """The engine's loop decides: as long as no token has come, the update is in time."""
+        request_id = self.random.choice(list(self.ends))
+        prompt_id, tokens = self.ends[request_id]
+        if self.engine.answers[request_id]:
+            with pytest.raises(PromptFinished):
+                self.reopen(prompt_id, tokens)
+            return
+        self.open[prompt_id] = self.reopen(prompt_id, tokens)
+        self.give_up(request_id)
+
+    def give_up(self, request_id: str) -> None:
+        del self.expected[request_id], self.ends[request_id]
+        self.given_up.append(request_id)
 
     def do_finish(self) -> None:
         prompt_id = self.random.choice(list(self.open))
@@ -85,15 +121,26 @@ class History:
         if self.random.random() < 0.3:
             tokens = tokens[: self.random.randint(1, len(tokens))]
         tokens = tokens + self.text(self.random.randint(0, 5))
-        self.ask(f"{prompt_id}-answer", tokens, prompt_id)
+        self.versions[prompt_id] += 1
+        version = self.versions[prompt_id]
+        request_id = f"{prompt_id}-answer-{version}"
+        overtaken = self.random.random() < 0.2
+        if overtaken:  # an update is faster than the request that ends the prompt
+            self.open[prompt_id] = self.reopen(prompt_id, tokens)
+        self.ask(request_id, tokens, prompt_id, version)
+        self.ends[request_id] = prompt_id, tokens
+        if overtaken:
+            self.give_up(request_id)
 
     def do_plain(self) -> None:
         self.ask(self.new_id(), self.some_tokens(40) or [3], None)
 
-    def ask(self, request_id: str, tokens: list[int], prompt_id: str | None) -> None:
+    def ask(
+        self, request_id: str, tokens: list[int], prompt_id: str | None, version: int = 0
+    ) -> None:
         max_tokens = self.random.randint(1, 6)
         self.expected[request_id] = expected_answer(tokens, max_tokens)
-        self.engine.request(request_id, tokens, max_tokens, prompt_id)
+        self.engine.request(request_id, tokens, max_tokens, prompt_id, version)
 
     def do_close(self) -> None:
         prompt_id = self.random.choice(list(self.open))
@@ -104,9 +151,14 @@ class History:
         request_id = self.random.choice(list(self.expected))
         if request_id not in self.engine.finished:
             del self.expected[request_id]
+            self.ends.pop(request_id, None)
             self.engine.abort(request_id)
 
     def end(self) -> None:
+        # By `default` a request without KV would wait for idle prompts that hold all of it.
+        self.engine.scheduler.set_policy(
+            self.random.choice([p for p in POLICIES if p != "default"])
+        )
         self.engine.drain()
         while self.open:
             self.do_finish()
@@ -121,6 +173,7 @@ def answered_exactly(model: Path, blocks: int, seed: int, actions: int) -> None:
     history.end()
     answers = {request_id: history.engine.answers[request_id] for request_id in history.expected}
     assert answers == history.expected
+    assert not any(history.engine.answers[request_id] for request_id in history.given_up)
     assert history.engine.free_blocks == history.engine.idle_blocks
     history.engine.scheduler.check_blocks()
 
