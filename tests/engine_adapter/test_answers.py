@@ -167,3 +167,12 @@ async def test_the_answer_is_to_the_newest_prompt_whatever_overtakes_what(
     model_dir: Path, blocks: int, seed: int, at_once: int
 ) -> None:
     await lived(model_dir, seed, blocks, at_once)
+
+
+async def test_updates_come_in_time_and_too_late(model_dir: Path) -> None:
+    """Else the test above would show nothing."""
+    became = Counter[str]()
+    for seed in range(12):
+        became += await lived(model_dir, seed, SMALL_POOL_BLOCKS, 4)
+    assert became["taken"] >= 20
+    assert became["refused"] >= 10

@@ -286,3 +286,70 @@ def test_documents_that_come_back_are_found_in_the_prefix_cache(model_dir: Path)
     engine.scheduler.extend_prompt("p", 0, first)
     engine.step()
     assert engine.scheduler.status("p")["computed"] == 40
+
+
+def test_a_finished_prompt_that_is_updated_keeps_its_beginning(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100, step_tokens=40)
+    tokens = list(range(41))
+    engine.scheduler.open_prompt("p", tokens, None, engine.hasher)
+    engine.drain()
+    engine.request("late", [*tokens, 49], 3, "p", version=1)
+    updated = [*tokens[:22], *[48] * 10]
+    answer = engine.scheduler.reopen_prompt("p", 2, updated)
+    assert (answer["length"], answer["computed"]) == (32, 20)
+    assert (answer["invalidated"], answer["freed_blocks"]) == (20, 5)
+    engine.request("answer", updated, 3, "p", version=2)
+    engine.drain()
+    assert engine.answers == {"late": [], "answer": expected_answer(updated, 3)}
+    assert engine.free_blocks == engine.idle_blocks
+
+
+def test_a_token_that_is_only_being_sampled_is_taken_back_and_one_that_is_out_is_not(
+    model_dir: Path,
+) -> None:
+    engine = Engine(model_dir, 100, step_tokens=40)
+    tokens = [5] * 20
+    engine.request("first", tokens, 3, "p", version=1)
+    engine.step()
+    assert engine.in_flight, "the step that samples is under way"
+    longer = [*tokens, 6]
+    answer = engine.scheduler.reopen_prompt("p", 2, longer)
+    assert (answer["computed"], answer["invalidated"]) == (20, 0)
+    engine.request("second", longer, 3, "p", version=2)
+    while not engine.answers["second"]:
+        engine.step()
+    with pytest.raises(PromptFinished):
+        engine.scheduler.reopen_prompt("p", 3, longer)
+    engine.drain()
+    with pytest.raises(PromptFinished):
+        engine.scheduler.reopen_prompt("p", 3, longer)
+    assert engine.answers == {"first": [], "second": expected_answer(longer, 3)}
+
+
+def test_a_preempted_answer_is_updated_too(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100, step_tokens=16)
+    tokens = [5] * 60
+    engine.request("first", tokens, 2, "p", version=1)
+    engine.step()
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert [r.status.name for r in engine.scheduler.waiting] == ["PREEMPTED"]
+    answer = engine.scheduler.reopen_prompt("p", 2, tokens[:50])
+    assert (answer["length"], answer["computed"], answer["invalidated"]) == (50, 0, 0)
+    engine.request("second", tokens[:50], 2, "p", version=2)
+    engine.drain()
+    assert engine.answers == {"first": [], "second": expected_answer(tokens[:50], 2)}
+    assert engine.free_blocks == engine.idle_blocks
+
+
+def test_an_end_that_an_update_has_overtaken_is_dropped(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100)
+    engine.scheduler.open_prompt("p", [5] * 41, None, engine.hasher)
+    engine.drain()
+    updated = [5] * 45
+    assert engine.scheduler.reopen_prompt("p", 2, updated)["computed"] == 40
+    engine.request("late", [5] * 42, 2, "p", version=1)
+    engine.drain()
+    assert engine.scheduler.status("p") == {"state": "idle", "length": 45, "computed": 44}
+    engine.request("answer", updated, 2, "p", version=2)
+    engine.drain()
+    assert engine.answers == {"late": [], "answer": expected_answer(updated, 2)}
