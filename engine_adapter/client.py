@@ -65,7 +65,7 @@ class EngineClient:
         return await self._ask(Progress, "POST", f"/prompts/{prompt_id}", op)
 
     async def extend(self, prompt_id: str, op: Extend) -> Progress:
-        """Apply the next version."""
+        """Apply the next version, also after `finish` while the answer has no token."""
         return await self._ask(Progress, "POST", f"/prompts/{prompt_id}/extend", op)
 
     async def invalidate(self, prompt_id: str, op: Invalidate) -> Progress:
@@ -82,7 +82,10 @@ class EngineClient:
 
     @asynccontextmanager
     async def finish(self, prompt_id: str, op: Finish) -> AsyncIterator[AsyncIterator[Event]]:
-        """Close the input; gives the events of the answer. Leaving the block aborts it."""
+        """Close the input; gives the events of the answer. Leaving the block aborts it.
+
+        Until the first token `extend` and `invalidate` may still change what is answered.
+        """
         path = f"{PREFIX}/prompts/{prompt_id}/finish"
         timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
         async with (

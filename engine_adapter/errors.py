@@ -6,7 +6,7 @@
      +- UnknownPrompt         404  never opened here, aborted, or its lease has run out
      +- VersionConflict       409  neither the next version nor a repetition of the newest
      +- PromptExists          409  `open` of an id that is open with other tokens
-     +- PromptFinished        409  its input is closed already
+     +- PromptFinished        409  its input is closed and it is too late for this
      +- EngineOverloaded      503  as many prompts are open as the engine allows
      +- EngineUnavailable     503  the engine does not answer, or died on the way
 
@@ -72,7 +72,8 @@ class PromptExists(EngineError):
 
 
 class PromptFinished(EngineError):
-    """The input of the prompt is closed already."""
+    """The input of the prompt is closed: a second `finish`, or an update of a prompt whose
+    answer has a token already."""
 
     status, code = 409, "prompt_finished"
 

@@ -17,6 +17,12 @@ An engine serves them over HTTP under `PREFIX`:
 Versions: `open` is version 0 and every later operation of a prompt carries the next
 number. An operation that repeats the newest version is answered with its first answer
 (a retry is safe); any other number is a `VersionConflict`.
+
+After `finish`: as long as the answer has no token, `extend` and `invalidate` are taken. They
+replace the prompt as it was finished, its tail included, and the one stream of the answer
+then answers the newest prompt, as if that had been sent whole. When a token has been
+produced they are a `PromptFinished`; the engine's loop decides, and no answer mixes tokens
+of two prompts.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ PROTOCOL_VERSION = 1
 PromptState = Literal["waiting", "running", "idle", "finishing"]
 """`waiting`: has tokens to compute and none under way. `running`: being prefilled.
 `idle`: everything it may compute is computed (or evicted) and it waits for more input.
-`finishing`: its input is closed."""
+`finishing`: its input is closed; it may still be updated until its answer has a token."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +59,8 @@ class Open(Message, frozen=True):
 class Extend(Message, frozen=True):
     """Keep the first `keep` tokens, drop what is behind them, add `tokens`.
 
-    `keep` equal to the current length is an append.
+    `keep` equal to the current length is an append. Of a finished prompt `keep` counts the
+    tail too, and `tokens` bring the new one.
     """
 
     version: int
@@ -152,7 +159,8 @@ class DoneEvent(Message, frozen=True, tag="done"):
     """`stop` or `length`, as in the OpenAI API."""
     prompt_tokens: int
     cached_tokens: int
-    """Prompt tokens that were computed before `Finish` arrived."""
+    """Prompt tokens that were computed before `Finish` arrived, or before the answer was
+    begun anew for a later version."""
     completion_tokens: int
 
 

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any, Generic, Protocol, TypeVar
 
+from engine_adapter.answers import Answer
 from engine_adapter.errors import BadOperation
 from engine_adapter.messages import (
     PROTOCOL_VERSION,
@@ -43,18 +44,21 @@ class Engine(Core, Protocol[P]):
     def set_policy(self, policy: str) -> Awaitable[None]:
         """Order by another policy from the next step on."""
 
-    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> P:
+    def sampling_params(self, sampling: Sampling, prompt_id: str, version: int, room: int) -> P:
         """The engine's form of a `Sampling`.
 
         Args:
+            prompt_id, version: what is answered.
             room: tokens that the answer may have at most.
 
         Raises:
             BadOperation: the engine refuses a value.
         """
 
-    def answer(self, session: Session, params: P, request_id: str) -> AsyncGenerator[Event, None]:
-        """Generate the answer of a finished session. Closing the iterator aborts it."""
+    def answer(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, params: P, request_id: str
+    ) -> AsyncGenerator[Event, None]:
+        """Generate the answer to a whole prompt. Closing the iterator aborts it."""
 
     def abort(self, request_id: str) -> Awaitable[None]:
         """Stop an answer."""
@@ -130,27 +134,39 @@ class StreamingPrompts(Generic[P]):
     def finish(self, prompt_id: str, op: Finish) -> AsyncGenerator[bytes, None]:
         """Close a prompt's input; the events of its answer as lines of JSON.
 
+        Whoever reads the lines closes them.
+
         Raises:
             EngineError: the operation is not valid; the prompt stays as it was.
         """
-        length = op.keep + len(op.tokens)
-        room = max(self._limits.max_model_len - length, 1)
-        params = self.engine.sampling_params(op.sampling, prompt_id, room)
-        session = self.sessions.finish(prompt_id, op)
-        return self._lines(session, params)
+        self._params(prompt_id, op.version, op.keep + len(op.tokens), op.sampling)
+        session, answer = self.sessions.finish(prompt_id, op)
+        return self._lines(session, answer, op.sampling)
 
-    async def _lines(self, session: Session, params: P) -> AsyncGenerator[bytes, None]:
-        request_id = f"{session.prompt_id}-answer-{next(self._numbers)}"
-        self._answers[session.prompt_id] = request_id
+    async def _lines(
+        self, session: Session, answer: Answer, sampling: Sampling
+    ) -> AsyncGenerator[bytes, None]:
+        prompt_id, salt = session.prompt_id, session.cache_salt
+
+        def generate(version: int, tokens: list[int]) -> AsyncGenerator[Event, None]:
+            params = self._params(prompt_id, version, len(tokens), sampling)
+            request_id = f"{prompt_id}-answer-{next(self._numbers)}"
+            self._answers[prompt_id] = request_id
+            return self.engine.answer(prompt_id, tokens, salt, params, request_id)
+
         try:
-            async with aclosing(self.engine.answer(session, params, request_id)) as events:
+            async with aclosing(answer.events(generate)) as events:
                 async for event in events:
                     yield encode(event) + b"\n"
         finally:
-            self._answers.pop(session.prompt_id, None)
-            self.sessions.answered(session)
+            self._answers.pop(prompt_id, None)
+            self.sessions.answered(session, answer)
             # The engine may not have taken the request in: then the prompt is still open there.
-            await asyncio.shield(self.engine.close(session.prompt_id))
+            await asyncio.shield(self.engine.close(prompt_id))
+
+    def _params(self, prompt_id: str, version: int, length: int, sampling: Sampling) -> P:
+        room = max(self._limits.max_model_len - length, 1)
+        return self.engine.sampling_params(sampling, prompt_id, version, room)
 
     async def abort(self, prompt_id: str) -> Message:
         """Forget a prompt, also while it is being answered."""

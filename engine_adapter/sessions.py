@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine_adapter.answers import Answer
 from engine_adapter.errors import (
     BadOperation,
     EngineOverloaded,
+    EngineUnavailable,
     PromptExists,
     PromptFinished,
     PromptTooLong,
@@ -38,6 +40,13 @@ class Core(Protocol):
 
     def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Awaitable[Status]:
         """Replace what is behind the first `keep` tokens."""
+
+    def reopen(self, prompt_id: str, version: int, tokens: list[int]) -> Awaitable[Status]:
+        """Replace a prompt whose input is closed, if its answer has no token yet.
+
+        Raises:
+            PromptFinished: it has, or it is over.
+        """
 
     def status(self, prompt_id: str) -> Awaitable[Status]:
         """State of a prompt."""
@@ -65,8 +74,14 @@ class Session:
     lease_s: float
     expires_s: float
     version: int = 0
-    finished: bool = False
-    answer: asyncio.Task[Progress] | None = field(default=None, repr=False)
+    answer: Answer | None = None
+    """To the prompt, once its input is closed."""
+    progress: asyncio.Task[Progress] | None = field(default=None, repr=False)
+    """What the newest `open` or `extend` is answered with."""
+
+    @property
+    def finished(self) -> bool:
+        return self.answer is not None
 
 
 class Sessions:
@@ -101,18 +116,45 @@ class Sessions:
         return await self._call(session, call, kept=0)
 
     async def extend(self, prompt_id: str, op: Extend) -> Progress:
-        """Apply the next version.
+        """Apply the next version, also to a finished prompt whose answer has not begun.
 
         Raises:
             UnknownPrompt, PromptFinished, VersionConflict, PromptTooLong, BadOperation
         """
-        session = self._live(prompt_id)
-        if op.version == session.version:
+        session = self._get(prompt_id)
+        if op.version == session.version and session.progress is not None:
             return await self._answered(session)
+        if session.answer is not None and session.answer.begun:
+            raise PromptFinished(f"the answer to prompt {prompt_id!r} has begun")
         tokens = self._next(session, op)
         session.version, session.tokens = op.version, tokens
-        call = self._core.extend(prompt_id, op.keep, op.tokens)
+        if session.answer is None:
+            call = self._core.extend(prompt_id, op.keep, op.tokens)
+        else:
+            call = self._reopen(session, session.answer, op.version, tokens, session.progress)
         return await self._call(session, call, kept=op.keep)
+
+    async def _reopen(
+        self,
+        session: Session,
+        answer: Answer,
+        version: int,
+        tokens: list[int],
+        before: asyncio.Task[Progress] | None,
+    ) -> Status:
+        """Ask the engine's loop for an update of a finished prompt, and follow its decision."""
+        try:
+            status = await self._core.reopen(session.prompt_id, version, tokens)
+        except PromptFinished:
+            answer.begun = True
+            session.version, session.tokens = answer.version, answer.tokens
+            session.progress = before
+            raise
+        except Exception as e:  # nobody knows what has become of the prompt
+            answer.break_off(EngineUnavailable(f"an update failed: {e}"))
+            raise
+        answer.update(version, tokens)
+        return {**status, "state": "finishing"}
 
     async def invalidate(self, prompt_id: str, op: Invalidate) -> Progress:
         """Apply the next version, which is the beginning of the one before.
@@ -122,16 +164,19 @@ class Sessions:
         """
         return await self.extend(prompt_id, Extend(version=op.version, keep=op.keep, tokens=[]))
 
-    def finish(self, prompt_id: str, op: Finish) -> Session:
-        """Close the input of a prompt. The caller has the engine answer `session.tokens`.
+    def finish(self, prompt_id: str, op: Finish) -> tuple[Session, Answer]:
+        """Close the input of a prompt. The caller has the engine give the answer, and ends it.
 
         Raises:
             UnknownPrompt, PromptFinished, VersionConflict, PromptTooLong, BadOperation
         """
-        session = self._live(prompt_id)
+        session = self._get(prompt_id)
+        if session.finished:
+            raise PromptFinished(f"the input of prompt {prompt_id!r} is closed")
         tokens = self._next(session, op)
-        session.version, session.tokens, session.finished = op.version, tokens, True
-        return session
+        session.version, session.tokens = op.version, tokens
+        session.answer, session.progress = Answer(op.version, tokens), None
+        return session, session.answer
 
     async def abort(self, prompt_id: str) -> Progress:
         """Forget a prompt and free its memory.
@@ -140,15 +185,12 @@ class Sessions:
             UnknownPrompt
         """
         session = self._get(prompt_id)
-        last = session.tokens
-        self.forget(session)
-        if not session.finished:
-            await self._core.close(prompt_id)
+        await self._free(session)
         return Progress(
             prompt_id=prompt_id,
             version=session.version,
             state="idle",
-            length=len(last),
+            length=len(session.tokens),
             computed=0,
         )
 
@@ -165,28 +207,35 @@ class Sessions:
             )
         return self._progress(session, await self._core.status(prompt_id))
 
-    def answered(self, session: Session) -> None:
-        """The answer is complete. Until its lease ends the id is known as finished."""
+    def answered(self, session: Session, answer: Answer) -> None:
+        """Nobody reads the answer any more. Until its lease ends the id is known as finished."""
+        answer.end()
         session.tokens = []
-
-    def forget(self, session: Session) -> None:
-        """Drop a session if it is still the one of its id."""
-        if self._sessions.get(session.prompt_id) is session:
-            del self._sessions[session.prompt_id]
 
     async def expire(self, now_s: float) -> list[str]:
         """Free the prompts whose lease has run out, and say which.
 
+        While somebody reads its answer, a prompt stays.
+
         Args:
             now_s: a `time.monotonic` value.
         """
-        late = [s for s in self._sessions.values() if s.expires_s <= now_s]
-        for session in late:
-            self.forget(session)
-        for session in late:
-            if session.tokens:  # also if finished: where the answer never began it is still open
-                await self._core.close(session.prompt_id)
+        late = [
+            s
+            for s in self._sessions.values()
+            if s.expires_s <= now_s and not (s.answer is not None and s.answer.streaming)
+        ]
+        await asyncio.gather(*(self._free(session) for session in late))
         return [s.prompt_id for s in late]
+
+    async def _free(self, session: Session) -> None:
+        """Forget a session, and let the engine's loop forget what it may have of the prompt."""
+        if self._sessions.get(session.prompt_id) is session:
+            del self._sessions[session.prompt_id]
+        if session.answer is not None:
+            session.answer.break_off(EngineUnavailable("the engine aborted the answer"))
+        if session.answer is None or not session.answer.over:
+            await self._core.close(session.prompt_id)
 
     # Checks.
 
@@ -195,12 +244,6 @@ class Sessions:
         if session is None:
             raise UnknownPrompt(f"no prompt {prompt_id!r} is open here")
         session.expires_s = time.monotonic() + session.lease_s
-        return session
-
-    def _live(self, prompt_id: str) -> Session:
-        session = self._get(prompt_id)
-        if session.finished:
-            raise PromptFinished(f"the input of prompt {prompt_id!r} is closed")
         return session
 
     def _next(self, session: Session, op: Extend | Finish) -> list[int]:
@@ -238,13 +281,13 @@ class Sessions:
             return self._progress(session, await call, version=version, kept=kept)
 
         version = session.version
-        session.answer = asyncio.create_task(answer())
+        session.progress = asyncio.create_task(answer())
         return await self._answered(session)
 
     async def _answered(self, session: Session) -> Progress:
         """The answer to the newest version. A caller that goes away does not disturb it."""
-        assert session.answer is not None
-        return await asyncio.shield(session.answer)
+        assert session.progress is not None
+        return await asyncio.shield(session.progress)
 
     @staticmethod
     def _progress(

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import uvloop
 from aiohttp import web
 
+from engine_adapter.errors import PromptFinished
 from engine_adapter.messages import DoneEvent, Event, Sampling, TokenEvent
 from engine_adapter.prompts import StreamingPrompts
-from engine_adapter.sessions import Limits, Session, Status
+from engine_adapter.sessions import Limits, Status
 from engine_adapter.simulated.routes import PROMPTS, errors, routes
 
 MODEL = "fake"
@@ -42,6 +43,12 @@ class FakeCore:
     async def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
         self.tokens[prompt_id] = self.tokens[prompt_id][:keep] + tokens
         return await self._done("extend", prompt_id)
+
+    async def reopen(self, prompt_id: str, version: int, tokens: list[int]) -> Status:
+        if prompt_id not in self.tokens:
+            raise PromptFinished("the answer has begun")
+        self.tokens[prompt_id] = list(tokens)
+        return await self._done("reopen", prompt_id)
 
     async def status(self, prompt_id: str) -> Status:
         length = len(self.tokens[prompt_id])
@@ -74,20 +81,27 @@ class FakeCore:
     async def set_policy(self, policy: str) -> None:
         """There is nothing to order."""
 
-    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> Sampling:
+    def sampling_params(
+        self, sampling: Sampling, prompt_id: str, version: int, room: int
+    ) -> Sampling:
         return sampling
 
     async def answer(
-        self, session: Session, params: Sampling, request_id: str
+        self,
+        prompt_id: str,
+        tokens: list[int],
+        cache_salt: str | None,
+        params: Sampling,
+        request_id: str,
     ) -> AsyncGenerator[Event, None]:
-        self.finished[session.prompt_id] = session.tokens
-        await self.close(session.prompt_id)
-        await asyncio.sleep(self.prefill_s(session.tokens))
+        self.finished[prompt_id] = tokens
+        await self.close(prompt_id)
+        await asyncio.sleep(self.prefill_s(tokens))
         for text in ("an", "swer"):
             yield TokenEvent(token_ids=[1], text=text)
         yield DoneEvent(
             finish_reason="stop",
-            prompt_tokens=len(session.tokens),
+            prompt_tokens=len(tokens),
             cached_tokens=0,
             completion_tokens=2,
         )

@@ -32,7 +32,8 @@ from engine_adapter.scheduling import policies
 from engine_adapter.sessions import Status
 from engine_adapter.simulated.hardware import Hardware, Model, estimated_cost
 from engine_adapter.simulated.transfers import Transfers
-from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
+from engine_adapter.vllm.open_prompts import ADOPT
+from engine_adapter.vllm.scheduler import StreamScheduler
 
 BLOCK_TOKENS = 16
 MAX_MODEL_LEN = 131_072
@@ -114,17 +115,22 @@ class SimulatedEngine:
         return answer
 
     def finish(
+        self, request_id: str, tokens: list[int], prompt_id: str | None, max_tokens: int = 1
+    ) -> None:
+        """Ask for an answer to the whole prompt, which an open prompt may have begun."""
+        self.ask(request_id, tokens, max_tokens, None if prompt_id is None else {ADOPT: prompt_id})
+
+    def ask(
         self,
         request_id: str,
         tokens: list[int],
-        prompt_id: str | None,
-        max_tokens: int = 1,
+        max_tokens: int,
+        extra_args: dict[str, Any] | None,
         cache_salt: str | None = None,
     ) -> None:
-        """Ask for an answer to the whole prompt, which an open prompt may have begun."""
-        extra = None if prompt_id is None else {ADOPT: prompt_id}
+        """Ask for an answer; `extra_args` say of which open prompt the request is the end."""
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra
+            max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra_args
         )
         request = Request(
             request_id=request_id,

@@ -9,11 +9,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine_adapter.errors import EngineError, EngineUnavailable
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
-from engine_adapter.sessions import Session, Status
+from engine_adapter.sessions import Status
 from engine_adapter.simulated.engine import Output, SimulatedEngine, Step
 from engine_adapter.vllm.sampling import sampling_params
 
@@ -89,6 +89,8 @@ class RealTimeEngine:
     def _settle(call: Callable[[], Status | None], done: asyncio.Future[Status]) -> None:
         try:
             done.set_result(call() or {})
+        except EngineError as e:
+            done.set_exception(e)
         except Exception as e:
             logger.exception("an operation failed")
             done.set_exception(EngineError(repr(e)))
@@ -114,6 +116,9 @@ class RealTimeEngine:
     def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> asyncio.Future[Status]:
         return self._call(lambda: self._engine.extend(prompt_id, keep, tokens))
 
+    def reopen(self, prompt_id: str, version: int, tokens: list[int]) -> asyncio.Future[Status]:
+        return self._call(lambda: self._engine.scheduler.reopen_prompt(prompt_id, version, tokens))
+
     def status(self, prompt_id: str) -> asyncio.Future[Status]:
         return self._call(lambda: self._engine.scheduler.status(prompt_id))
 
@@ -130,31 +135,40 @@ class RealTimeEngine:
 
     # Answers.
 
-    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> SamplingParams:
+    def sampling_params(
+        self, sampling: Sampling, prompt_id: str, version: int, room: int
+    ) -> SamplingParams:
         """What vLLM would take. Of all values only `max_tokens` has an effect here."""
-        return sampling_params(sampling, prompt_id, room, DEFAULTS)
+        return sampling_params(sampling, prompt_id, version, room, DEFAULTS)
 
     def answer(
-        self, session: Session, params: SamplingParams, request_id: str
+        self,
+        prompt_id: str,
+        tokens: list[int],
+        cache_salt: str | None,
+        params: SamplingParams,
+        request_id: str,
     ) -> AsyncGenerator[Event, None]:
-        """Generate the answer of a finished session. Closing the iterator aborts it."""
-        return self.generate(
-            request_id, session.tokens, params.max_tokens, session.prompt_id, session.cache_salt
-        )
+        """Generate the answer to a whole prompt. Closing the iterator aborts it."""
+        return self.generate(request_id, tokens, params.max_tokens, params.extra_args, cache_salt)
 
     async def generate(
         self,
         request_id: str,
         tokens: list[int],
         max_tokens: int,
-        prompt_id: str | None = None,
+        extra_args: dict[str, Any] | None = None,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Generate an answer. Closing the iterator aborts it."""
+        """Generate an answer. Closing the iterator aborts it.
+
+        Args:
+            extra_args: as the scheduler wants them of a request that ends an open prompt.
+        """
         outputs = self._outputs[request_id] = asyncio.Queue()
         try:
             await self._call(
-                lambda: self._engine.finish(request_id, tokens, prompt_id, max_tokens, cache_salt)
+                lambda: self._engine.ask(request_id, tokens, max_tokens, extra_args, cache_salt)
             )
             async for event in _events(outputs, len(tokens)):
                 yield event

@@ -24,7 +24,7 @@ from engine_adapter.messages import (
     TokenEvent,
     TokenLogprob,
 )
-from engine_adapter.sessions import Session, Status
+from engine_adapter.sessions import Status
 from engine_adapter.vllm.sampling import sampling_params
 from engine_adapter.vllm.scheduler import StreamScheduler
 
@@ -57,6 +57,8 @@ def stream2llm(self: EngineCore, operation: str, arguments: Mapping[str, Any]) -
         return _apply(scheduler, self.request_block_hasher, operation, arguments)
     except KeyError as e:
         return {"error": f"no open prompt {e}"}
+    except EngineError as e:
+        return {"error": e.message, "code": e.code}
     except Exception as e:
         logger.exception("operation %s failed", operation)
         return {"error": f"{operation}: {e!r}"}
@@ -70,6 +72,8 @@ def _apply(
             return scheduler.open_prompt(hasher=hasher, **arguments)
         case "extend":
             return scheduler.extend_prompt(**arguments)
+        case "reopen":
+            return scheduler.reopen_prompt(**arguments)
         case "close":
             scheduler.close_prompt(**arguments)
             return {}
@@ -101,6 +105,11 @@ class VllmEngine:
     async def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
         return await self._call("extend", {"prompt_id": prompt_id, "keep": keep, "tokens": tokens})
 
+    async def reopen(self, prompt_id: str, version: int, tokens: list[int]) -> Status:
+        return await self._call(
+            "reopen", {"prompt_id": prompt_id, "version": version, "tokens": tokens}
+        )
+
     async def status(self, prompt_id: str) -> Status:
         return await self._call("status", {"prompt_id": prompt_id})
 
@@ -124,21 +133,28 @@ class VllmEngine:
         except (EngineDeadError, TimeoutError) as e:
             raise EngineUnavailable("the engine does not answer") from e
         if "error" in answer:
-            raise EngineError(answer["error"])
+            raise EngineError.from_json({**answer, "message": answer["error"]})
         result: Status = answer
         return result
 
-    def sampling_params(self, sampling: Sampling, prompt_id: str, room: int) -> SamplingParams:
+    def sampling_params(
+        self, sampling: Sampling, prompt_id: str, version: int, room: int
+    ) -> SamplingParams:
         """vLLM's form of a `Sampling`; what it leaves open comes from the model's defaults."""
-        return sampling_params(sampling, prompt_id, room, self._defaults)
+        return sampling_params(sampling, prompt_id, version, room, self._defaults)
 
     async def answer(
-        self, session: Session, params: SamplingParams, request_id: str
+        self,
+        prompt_id: str,
+        tokens: list[int],
+        cache_salt: str | None,
+        params: SamplingParams,
+        request_id: str,
     ) -> AsyncGenerator[Event, None]:
-        """Generate the answer of a finished session. Closing the iterator aborts it."""
-        prompt = TokensPrompt(prompt_token_ids=session.tokens)
-        if session.cache_salt is not None:
-            prompt["cache_salt"] = session.cache_salt
+        """Generate the answer to a whole prompt. Closing the iterator aborts it."""
+        prompt = TokensPrompt(prompt_token_ids=tokens)
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
         completion_tokens = 0
         try:
             async for output in self._llm.generate(prompt, params, request_id):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -29,6 +29,7 @@ from engine_adapter.sessions import DEFAULT_OPEN_PROMPTS, Limits
 from engine_adapter.vllm.engine import VllmEngine
 
 if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -84,6 +85,20 @@ class _Route(APIRoute):
         return handle
 
 
+class _LinesResponse(StreamingResponse):
+    """Closes its lines when the client goes away, whatever they wait for just then."""
+
+    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(lines, media_type="application/x-ndjson")
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._lines.aclose()
+
+
 router = APIRouter(prefix=PREFIX, route_class=_Route)
 
 
@@ -118,8 +133,7 @@ async def invalidate_prompt(prompt_id: str, request: Request) -> Response:
 @router.post("/prompts/{prompt_id}/finish")
 async def finish_prompt(prompt_id: str, request: Request) -> Response:
     op = decode(Finish, await request.body())
-    lines = _prompts(request).finish(prompt_id, op)
-    return StreamingResponse(lines, media_type="application/x-ndjson")
+    return _LinesResponse(_prompts(request).finish(prompt_id, op))
 
 
 @router.get("/prompts/{prompt_id}")

@@ -12,15 +12,16 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from engine_adapter.errors import BadOperation
 from engine_adapter.messages import Sampling
-from engine_adapter.vllm.scheduler import ADOPT
+from engine_adapter.vllm.open_prompts import ADOPT, VERSION
 
 
 def sampling_params(
-    sampling: Sampling, prompt_id: str, room: int, defaults: Mapping[str, Any]
+    sampling: Sampling, prompt_id: str, version: int, room: int, defaults: Mapping[str, Any]
 ) -> SamplingParams:
     """Parameters of the request that ends an open prompt.
 
     Args:
+        prompt_id, version: what is answered.
         room: tokens that the answer may have at most.
         defaults: of the model, for what `sampling` leaves open.
 
@@ -35,7 +36,7 @@ def sampling_params(
         return SamplingParams(
             **values,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={ADOPT: prompt_id},
+            extra_args={ADOPT: prompt_id, VERSION: version},
         )
     except (VLLMValidationError, ValueError, TypeError) as e:
         raise BadOperation(str(e)) from e

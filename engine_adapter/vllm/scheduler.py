@@ -22,13 +22,13 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
+from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling import policies
 from engine_adapter.scheduling.cost import CostModel
 from engine_adapter.scheduling.order import Order
@@ -37,6 +37,12 @@ from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
 from engine_adapter.vllm.host import HostMemory
 from engine_adapter.vllm.kv import BlockTables
+from engine_adapter.vllm.open_prompts import (
+    Endings,
+    OpenPrompt,
+    answers_version_before,
+    ended_prompt,
+)
 from engine_adapter.vllm.setup import cost_model, setup_of
 
 if TYPE_CHECKING:
@@ -45,31 +51,8 @@ if TYPE_CHECKING:
 
     BlockHasher = Callable[[Request], list[BlockHash]]
 
-ADOPT = "stream2llm_prompt"
-"""Key in `SamplingParams.extra_args`: the open prompt that a request is the end of."""
-
 DEBUG_CHECKS = "STREAM2LLM_DEBUG_CHECKS"
 """Environment: if `1`, block accounts are checked after each step (slow; for tests)."""
-
-
-@dataclass(slots=True)
-class OpenPrompt:
-    """A prompt whose input is not closed, and the request that stands for its version."""
-
-    prompt_id: str
-    request: Request
-    opened_s: float
-    last_input_s: float
-    scheduled: bool = False
-    """The request is in vLLM's queues; otherwise it is parked."""
-    lost_tokens: int = 0
-    """How many of its first tokens had been computed when its KV was last taken."""
-
-    @property
-    def remaining_tokens(self) -> int:
-        """What it may compute now: everything but the token that is held back."""
-        remaining: int = self.request.num_tokens - 1 - self.request.num_computed_tokens
-        return max(remaining, 0)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -106,6 +89,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._replan = False
         self._preemptions = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
+        self._endings = Endings()
         self._last_input_s: dict[str, float] = {}  # of the answers to open prompts
         self._clock: Callable[[], float] = time.time
         settings = _settings(self.vllm_config)
@@ -150,6 +134,23 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         given_back = max(before - prompt.request.num_computed_tokens, 0)
         freed = max(pool.get_num_free_blocks() - free_before, 0)
         return self.status(prompt_id) | {"invalidated": given_back, "freed_blocks": freed}
+
+    def reopen_prompt(
+        self, prompt_id: str, version: int, tokens: list[int]
+    ) -> dict[str, int | str]:
+        """Replace a prompt whose input is closed, as long as its answer has no token yet.
+
+        The prompt is open again, and its answer is given up without a word. The request that
+        ends it may also be on its way still: then the prompt is open anyhow, and that request
+        is dropped when it arrives. Answers as `extend_prompt` does.
+
+        Raises:
+            PromptFinished: the answer has begun, or is over.
+        """
+        prompt = self._prompts.get(prompt_id) or self._take_back(prompt_id)
+        prompt.reopened_version = version
+        keep = common_prefix(prompt.request.prompt_token_ids, tokens)
+        return self.extend_prompt(prompt_id, keep, tokens[keep:])
 
     def close_prompt(self, prompt_id: str) -> None:
         """Forget a prompt and free its blocks; an unknown one is no error."""
@@ -207,9 +208,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
         """Take in a request; one that ends an open prompt inherits what that has computed."""
-        extra = (request.sampling_params and request.sampling_params.extra_args) or {}
-        prompt = self._prompts.pop(extra.get(ADOPT, ""), None)
+        prompt = self._prompts.get(ended_prompt(request) or "")
         if prompt is not None:
+            if answers_version_before(request, prompt.reopened_version):
+                return  # nobody waits for it: its prompt was replaced while it was on its way
+            del self._prompts[prompt.prompt_id]
             self._withdraw(prompt)
             self._forget(prompt)
             self._inherit(prompt.request, request, request.num_tokens)
@@ -221,6 +224,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_local_cached_tokens=request.num_computed_tokens,
                     num_external_cached_tokens=0,
                 )
+        self._endings.put(request)
         self._touched[request.request_id] = None
         fetches = self._fetches(request, 0 if prompt is None else prompt.lost_tokens)
         super().add_request(request)
@@ -228,8 +232,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             self._host.forbid(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._last_input_s.pop(request.request_id, None)
-        self._steady.pop(request.request_id, None)
+        self._forget_ending(request)
         self._touched.pop(request.request_id, None)
         self._order.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
@@ -633,6 +636,30 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _free_blocks_of_tail(self, blocks: list[KVCacheBlock]) -> None:
         self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+
+    def _take_back(self, prompt_id: str) -> OpenPrompt:
+        """Make the request that answers a prompt the request of an open prompt again.
+
+        A step in flight may already be sampling the first token. Its output will find no
+        request, and what it writes behind the prompt is written over by the successor.
+
+        Raises:
+            PromptFinished: the request has a token, or is over.
+        """
+        request = self._endings.without_token(prompt_id)
+        if request is None:
+            raise PromptFinished(f"the answer to prompt {prompt_id!r} has begun")
+        self._forget_ending(request)
+        request.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        prompt = OpenPrompt(prompt_id, request, request.arrival_time, self._clock(), scheduled=True)
+        self._prompts[prompt_id] = self._partial[request.request_id] = prompt
+        self._know(prompt)
+        return prompt
+
+    def _forget_ending(self, request: Request) -> None:
+        self._endings.discard(request)
+        self._last_input_s.pop(request.request_id, None)
+        self._steady.pop(request.request_id, None)
 
     def _withdraw(self, prompt: OpenPrompt) -> None:
         """Take a prompt's request out of vLLM's queues and the workers, blocks untouched."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import pytest_asyncio
 
 from deploy.local import EngineOptions, Server, engine
 from engine_adapter.client import EngineClient
-from engine_adapter.errors import BadOperation
-from engine_adapter.messages import Extend, Invalidate, Open
+from engine_adapter.errors import BadOperation, PromptFinished, VersionConflict
+from engine_adapter.messages import ErrorEvent, Extend, Finish, Invalidate, Open, Sampling
 from engine_adapter.scheduling.policies import POLICIES
 from tests.conftest import until
 from tests.engine.conftest import finished, sent_whole
@@ -57,15 +58,15 @@ async def all_free(client: EngineClient) -> bool:
     return info.open_prompts == 0 and info.kv_blocks_free == info.kv_blocks_total
 
 
+def text(rng: random.Random, most: int) -> list[int]:
+    return [rng.randrange(100, 40_000) for _ in range(rng.randint(0, most))]
+
+
 async def history(
-    client: EngineClient, prompt_id: str, rng: random.Random
+    client: EngineClient, prompt_id: str, rng: random.Random, late: Counter[str]
 ) -> tuple[list[int], list[int]] | None:
     """Play one prompt's life; its final tokens and its answer, or None if it was aborted."""
-
-    def text(most: int) -> list[int]:
-        return [rng.randrange(100, 40_000) for _ in range(rng.randint(0, most))]
-
-    tokens = [7, *text(150)]
+    tokens = [7, *text(rng, 150)]
     await client.open(prompt_id, Open(tokens=tokens, cache_salt=prompt_id))
     version = 0
     for _ in range(rng.randint(1, 5)):
@@ -74,9 +75,9 @@ async def history(
         keep = rng.randint(1, len(tokens))
         match rng.choices(["append", "update", "invalidate", "abort"], [5, 5, 2, 0.4])[0]:
             case "append":
-                keep, new = len(tokens), text(LONGEST_TOKENS - len(tokens))
+                keep, new = len(tokens), text(rng, LONGEST_TOKENS - len(tokens))
             case "update":
-                new = text(LONGEST_TOKENS - keep)
+                new = text(rng, LONGEST_TOKENS - keep)
             case "invalidate":
                 answer = await client.invalidate(prompt_id, Invalidate(version=version, keep=keep))
                 assert (answer.length, answer.kept) == (keep, keep)
@@ -90,8 +91,40 @@ async def history(
         assert (answer.length, answer.kept) == (len(tokens), keep)
         assert answer.computed <= keep
     tail = [rng.randrange(100, 40_000)]
-    output, _ = await finished(client, prompt_id, version + 1, len(tokens), tail, ANSWER_TOKENS)
-    return tokens + tail, output
+    finishing = asyncio.create_task(
+        finished(client, prompt_id, version + 1, len(tokens), tail, ANSWER_TOKENS)
+    )
+    tokens = await updated_late(client, prompt_id, version + 1, tokens + tail, rng, late)
+    output, done = await finishing
+    assert done.prompt_tokens == len(tokens)
+    return tokens, output
+
+
+async def updated_late(
+    client: EngineClient,
+    prompt_id: str,
+    version: int,
+    tokens: list[int],
+    rng: random.Random,
+    late: Counter[str],
+) -> list[int]:
+    """Update a prompt, as often as not, whose `finish` is on its way; its tokens then."""
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        await asyncio.sleep(rng.choice([0.0, 0.02, 0.1]))
+        keep = rng.randint(1, len(tokens))
+        new = text(rng, LONGEST_TOKENS - keep)
+        op = Extend(version=version + 1, keep=keep, tokens=new)
+        try:
+            answer = await client.extend(prompt_id, op)
+        except VersionConflict:  # it has overtaken `finish`
+            continue
+        except PromptFinished:
+            late["too late"] += 1
+            break
+        late["in time"] += 1
+        version, tokens = op.version, tokens[:keep] + new
+        assert (answer.length, answer.kept, answer.state) == (len(tokens), keep, "finishing")
+    return tokens
 
 
 async def test_the_policy_is_chosen_by_a_flag_and_switched_at_run_time(
@@ -109,19 +142,39 @@ async def test_the_policy_is_chosen_by_a_flag_and_switched_at_run_time(
 async def test_concurrent_histories_are_answered_as_if_sent_whole(
     prompts: EngineClient, http: httpx.AsyncClient, small_engine: Server
 ) -> None:
-    rounds_with_preemptions = 0
+    rounds_with_preemptions, late = 0, Counter[str]()
     for number, policy in itertools.product(range(ROUNDS), POLICIES):
         await prompts.set_policy(policy)
         before = (await prompts.info()).preemptions
         ids = [f"{policy}-{number}-{i}" for i in range(AT_ONCE)]
         async with asyncio.timeout(120):
-            lives = await asyncio.gather(*(history(prompts, i, random.Random(i)) for i in ids))
+            lives = await asyncio.gather(
+                *(history(prompts, i, random.Random(i), late) for i in ids)
+            )
         rounds_with_preemptions += (await prompts.info()).preemptions > before
         await until(lambda: all_free(prompts), within_s=5)
         for tokens, output in filter(None, lives):
             whole = await sent_whole(http, small_engine, tokens, ANSWER_TOKENS)
             assert output == whole[0], f"{policy}, round {number}"
     assert rounds_with_preemptions >= ROUNDS * len(POLICIES) / 3
+    assert late["in time"] >= ROUNDS * len(POLICIES), late
+
+
+@pytest.mark.parametrize("how", ["leaves", "deletes"])
+async def test_an_answer_that_an_update_has_turned_is_freed_when_its_client(
+    prompts: EngineClient, how: str
+) -> None:
+    rng = random.Random(how)
+    first, second = ([7, *(rng.randrange(100, 40_000) for _ in range(399))] for _ in range(2))
+    await prompts.open(how, Open(tokens=first[:10]))
+    op = Finish(version=1, keep=10, tokens=first[10:], sampling=Sampling(max_tokens=100))
+    async with prompts.finish(how, op) as events:
+        answer = await prompts.extend(how, Extend(version=2, keep=1, tokens=second[1:]))
+        assert (answer.length, answer.kept) == (400, 1)
+        if how == "deletes":
+            await prompts.abort(how)
+            assert [type(event) async for event in events][-1] is ErrorEvent
+    await until(lambda: all_free(prompts), within_s=5)
 
 
 @pytest.mark.timeout(300)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -35,7 +37,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from engine_adapter.scheduling.cost import CostModel, Curve, Point, Setup
-from engine_adapter.vllm.scheduler import ADOPT, StreamScheduler
+from engine_adapter.vllm.open_prompts import ADOPT, VERSION
+from engine_adapter.vllm.scheduler import StreamScheduler
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
@@ -265,6 +268,7 @@ class Engine:
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.answers: dict[str, list[int]] = {}
         self.finished: set[str] = set()
+        self.on_output: Callable[[EngineCoreOutput], None] = lambda output: None
         self.idle_blocks = self.free_blocks
 
     @property
@@ -272,10 +276,15 @@ class Engine:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def request(
-        self, request_id: str, tokens: list[int], max_tokens: int, prompt_id: str | None = None
+        self,
+        request_id: str,
+        tokens: list[int],
+        max_tokens: int,
+        prompt_id: str | None = None,
+        version: int = 0,
     ) -> None:
         """Send an ordinary request, or the end of an open prompt."""
-        extra = None if prompt_id is None else {ADOPT: prompt_id}
+        extra = None if prompt_id is None else {ADOPT: prompt_id, VERSION: version}
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(tokens),
@@ -312,6 +321,7 @@ class Engine:
                     self.answers[one.request_id] += one.new_token_ids
                 if one.finish_reason is not None:
                     self.finished.add(one.request_id)
+                self.on_output(one)
 
     def drain(self, limit_steps: int = 3000) -> None:
         """Run until nothing is left to do; a loop that never ends is an error."""

@@ -133,7 +133,7 @@ async def test_the_command_measures_prints_and_writes_a_file_that_loads(
 async def test_times_that_differ_too_much_are_warned_of(serve: Serve) -> None:
     engine = FakeEngine()
     calls = itertools.count()
-    engine.prefill_s = lambda tokens: 0.2 if next(calls) == 4 else 0.02
+    engine.core.prefill_s = lambda tokens: 0.2 if next(calls) == 4 else 0.02
     said: list[str] = []
     await calibrate(await serve(engine), Options((40, 50, 60), 2), said.append)
     assert any("WARNING: times of one size differ by up to" in text for text in said)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
+from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling.policies import POLICIES
 from tests.engine_adapter.harness import MAX_MODEL_LEN, Engine, expected_answer
 
@@ -27,7 +28,10 @@ class History:
         self.engine = Engine(model, blocks, step_tokens, host_blocks)
         self.switch_policy()
         self.open: dict[str, list[int]] = {}
+        self.versions: dict[str, int] = {}  # of the prompts, as of their newest update
         self.expected: dict[str, list[int]] = {}
+        self.ends: dict[str, tuple[str, list[int]]] = {}  # prompt and tokens, by request
+        self.given_up: list[str] = []
         self.documents = [self.text(self.random.randint(1, 30)) for _ in range(4)]
         self.number = 0
 
@@ -50,6 +54,8 @@ class History:
             actions += [self.do_close, self.switch_policy]
         if self.expected:
             actions += [self.do_abort]
+        if self.ends:
+            actions += [self.do_reopen] * 3
         self.random.choice(actions)()
 
     def switch_policy(self) -> None:
@@ -63,6 +69,7 @@ class History:
         tokens = self.some_tokens(20) or [1]
         self.engine.scheduler.open_prompt(prompt_id, list(tokens), None, self.engine.hasher)
         self.open[prompt_id] = tokens
+        self.versions[prompt_id] = 0
 
     def do_extend(self) -> None:
         self.change(keep_all=True)
@@ -72,13 +79,42 @@ class History:
 
     def change(self, keep_all: bool) -> None:
         prompt_id = self.random.choice(list(self.open))
-        tokens = self.open[prompt_id]
-        keep = len(tokens) if keep_all else self.random.randint(0, len(tokens))
-        new = self.some_tokens(min(30, MAX_MODEL_LEN - 12 - keep)) or ([2] if not keep else [])
+        keep, new = self.changed(self.open[prompt_id], keep_all)
         answer = self.engine.scheduler.extend_prompt(prompt_id, keep, new)
-        self.open[prompt_id] = tokens[:keep] + new
+        self.open[prompt_id] = self.open[prompt_id][:keep] + new
         assert answer["length"] == len(self.open[prompt_id])
         assert answer["computed"] <= keep
+
+    def changed(self, tokens: list[int], keep_all: bool) -> tuple[int, list[int]]:
+        longest = min(len(tokens), MAX_MODEL_LEN - 12)
+        keep = longest if keep_all else self.random.randint(0, longest)
+        return keep, self.some_tokens(min(30, MAX_MODEL_LEN - 12 - keep)) or ([] if keep else [2])
+
+    def reopen(self, prompt_id: str, tokens: list[int]) -> list[int]:
+        """Update a prompt whose input is closed; its new tokens."""
+        keep, new = self.changed(tokens, keep_all=self.random.random() < 0.3)
+        self.versions[prompt_id] += 1
+        answer = self.engine.scheduler.reopen_prompt(
+            prompt_id, self.versions[prompt_id], tokens[:keep] + new
+        )
+        assert answer["length"] == keep + len(new)
+        assert int(answer["computed"]) < keep + len(new)
+        return tokens[:keep] + new
+
+    def do_reopen(self) -> None:
+        """The engine's loop decides: as long as no token has come, the update is in time."""
+        request_id = self.random.choice(list(self.ends))
+        prompt_id, tokens = self.ends[request_id]
+        if self.engine.answers[request_id]:
+            with pytest.raises(PromptFinished):
+                self.reopen(prompt_id, tokens)
+            return
+        self.open[prompt_id] = self.reopen(prompt_id, tokens)
+        self.give_up(request_id)
+
+    def give_up(self, request_id: str) -> None:
+        del self.expected[request_id], self.ends[request_id]
+        self.given_up.append(request_id)
 
     def do_finish(self) -> None:
         prompt_id = self.random.choice(list(self.open))
@@ -86,15 +122,26 @@ class History:
         if self.random.random() < 0.3:
             tokens = tokens[: self.random.randint(1, len(tokens))]
         tokens = tokens + self.text(self.random.randint(0, 5))
-        self.ask(f"{prompt_id}-answer", tokens, prompt_id)
+        self.versions[prompt_id] += 1
+        version = self.versions[prompt_id]
+        request_id = f"{prompt_id}-answer-{version}"
+        overtaken = self.random.random() < 0.2
+        if overtaken:  # an update is faster than the request that ends the prompt
+            self.open[prompt_id] = self.reopen(prompt_id, tokens)
+        self.ask(request_id, tokens, prompt_id, version)
+        self.ends[request_id] = prompt_id, tokens
+        if overtaken:
+            self.give_up(request_id)
 
     def do_plain(self) -> None:
         self.ask(self.new_id(), self.some_tokens(40) or [3], None)
 
-    def ask(self, request_id: str, tokens: list[int], prompt_id: str | None) -> None:
+    def ask(
+        self, request_id: str, tokens: list[int], prompt_id: str | None, version: int = 0
+    ) -> None:
         max_tokens = self.random.randint(1, 6)
         self.expected[request_id] = expected_answer(tokens, max_tokens)
-        self.engine.request(request_id, tokens, max_tokens, prompt_id)
+        self.engine.request(request_id, tokens, max_tokens, prompt_id, version)
 
     def do_close(self) -> None:
         prompt_id = self.random.choice(list(self.open))
@@ -105,9 +152,14 @@ class History:
         request_id = self.random.choice(list(self.expected))
         if request_id not in self.engine.finished:
             del self.expected[request_id]
+            self.ends.pop(request_id, None)
             self.engine.abort(request_id)
 
     def end(self) -> None:
+        # By `default` a request without KV would wait for idle prompts that hold all of it.
+        self.engine.scheduler.set_policy(
+            self.random.choice([p for p in POLICIES if p != "default"])
+        )
         self.engine.drain()
         while self.open:
             self.do_finish()
@@ -124,6 +176,7 @@ def answered_exactly(
     history.end()
     answers = {request_id: history.engine.answers[request_id] for request_id in history.expected}
     assert answers == history.expected
+    assert not any(history.engine.answers[request_id] for request_id in history.given_up)
     assert history.engine.free_blocks == history.engine.idle_blocks
     history.engine.scheduler.check_blocks()
     return history.engine
@@ -292,3 +345,70 @@ def test_a_prompt_changes_while_its_kv_is_swapped_out_or_on_its_way_back(
     engine.drain()
     assert engine.answers["answer"] == expected_answer([*tokens, 8], 3)
     assert engine.free_blocks == engine.idle_blocks
+
+
+def test_a_finished_prompt_that_is_updated_keeps_its_beginning(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100, step_tokens=40)
+    tokens = list(range(41))
+    engine.scheduler.open_prompt("p", tokens, None, engine.hasher)
+    engine.drain()
+    engine.request("late", [*tokens, 49], 3, "p", version=1)
+    updated = [*tokens[:22], *[48] * 10]
+    answer = engine.scheduler.reopen_prompt("p", 2, updated)
+    assert (answer["length"], answer["computed"]) == (32, 20)
+    assert (answer["invalidated"], answer["freed_blocks"]) == (20, 5)
+    engine.request("answer", updated, 3, "p", version=2)
+    engine.drain()
+    assert engine.answers == {"late": [], "answer": expected_answer(updated, 3)}
+    assert engine.free_blocks == engine.idle_blocks
+
+
+def test_a_token_that_is_only_being_sampled_is_taken_back_and_one_that_is_out_is_not(
+    model_dir: Path,
+) -> None:
+    engine = Engine(model_dir, 100, step_tokens=40)
+    tokens = [5] * 20
+    engine.request("first", tokens, 3, "p", version=1)
+    engine.step()
+    assert engine.in_flight, "the step that samples is under way"
+    longer = [*tokens, 6]
+    answer = engine.scheduler.reopen_prompt("p", 2, longer)
+    assert (answer["computed"], answer["invalidated"]) == (20, 0)
+    engine.request("second", longer, 3, "p", version=2)
+    while not engine.answers["second"]:
+        engine.step()
+    with pytest.raises(PromptFinished):
+        engine.scheduler.reopen_prompt("p", 3, longer)
+    engine.drain()
+    with pytest.raises(PromptFinished):
+        engine.scheduler.reopen_prompt("p", 3, longer)
+    assert engine.answers == {"first": [], "second": expected_answer(longer, 3)}
+
+
+def test_a_preempted_answer_is_updated_too(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100, step_tokens=16)
+    tokens = [5] * 60
+    engine.request("first", tokens, 2, "p", version=1)
+    engine.step()
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert [r.status.name for r in engine.scheduler.waiting] == ["PREEMPTED"]
+    answer = engine.scheduler.reopen_prompt("p", 2, tokens[:50])
+    assert (answer["length"], answer["computed"], answer["invalidated"]) == (50, 0, 0)
+    engine.request("second", tokens[:50], 2, "p", version=2)
+    engine.drain()
+    assert engine.answers == {"first": [], "second": expected_answer(tokens[:50], 2)}
+    assert engine.free_blocks == engine.idle_blocks
+
+
+def test_an_end_that_an_update_has_overtaken_is_dropped(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100)
+    engine.scheduler.open_prompt("p", [5] * 41, None, engine.hasher)
+    engine.drain()
+    updated = [5] * 45
+    assert engine.scheduler.reopen_prompt("p", 2, updated)["computed"] == 40
+    engine.request("late", [5] * 42, 2, "p", version=1)
+    engine.drain()
+    assert engine.scheduler.status("p") == {"state": "idle", "length": 45, "computed": 44}
+    engine.request("answer", updated, 2, "p", version=2)
+    engine.drain()
+    assert engine.answers == {"late": [], "answer": expected_answer(updated, 2)}

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_adapter.answers import Answer
 from engine_adapter.errors import (
     BadOperation,
     EngineError,
     EngineOverloaded,
+    EngineUnavailable,
     PromptFinished,
     UnknownPrompt,
     VersionConflict,
 )
-from engine_adapter.messages import Extend, Finish, Invalidate, Open, Sampling
+from engine_adapter.messages import (
+    ErrorEvent,
+    Event,
+    Extend,
+    Finish,
+    Invalidate,
+    Open,
+    Sampling,
+    TokenEvent,
+)
 from engine_adapter.sessions import Limits, Sessions, Status
 from tests.fake_engine import FakeCore
 
@@ -81,9 +94,7 @@ async def test_invalidate_leaves_the_beginning_of_a_prompt(
     assert core.operations == ["open", "extend"]
     with pytest.raises(VersionConflict):
         await sessions.invalidate("p", Invalidate(version=3, keep=1))
-    assert sessions.finish("p", finish(2, 1)).tokens == [1, 9]
-    with pytest.raises(PromptFinished):
-        await sessions.invalidate("p", Invalidate(version=3, keep=1))
+    assert sessions.finish("p", finish(2, 1))[0].tokens == [1, 9]
 
 
 @pytest.mark.parametrize("keep", [-1, 0, 4])
@@ -109,13 +120,112 @@ async def test_progress_tells_the_blocks_that_the_engine_counted(
     assert (await sessions.invalidate("p", Invalidate(version=1, keep=1))).freed_blocks == 2
 
 
-async def test_nothing_follows_finish(sessions: Sessions) -> None:
+async def test_nothing_follows_an_answer_that_has_begun(sessions: Sessions, core: FakeCore) -> None:
     await sessions.open("p", Open(tokens=[1]))
-    assert sessions.finish("p", finish(1, 1)).tokens == [1, 9]
+    session, answer = sessions.finish("p", finish(1, 1))
+    await core.close("p")  # as the loop does when it has produced a token
+    for _ in range(2):
+        with pytest.raises(PromptFinished):
+            await sessions.extend("p", Extend(version=2, keep=2, tokens=[3]))
     with pytest.raises(PromptFinished):
-        await sessions.extend("p", Extend(version=2, keep=2, tokens=[3]))
+        await sessions.invalidate("p", Invalidate(version=2, keep=1))
     with pytest.raises(PromptFinished):
         sessions.finish("p", finish(2, 2))
+    assert (session.version, session.tokens) == (answer.version, answer.tokens) == (1, [1, 9])
+
+
+async def test_a_finished_prompt_is_updated_until_its_answer_begins(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("p", Open(tokens=[1, 2]))
+    _, answer = sessions.finish("p", finish(1, 2))
+    with pytest.raises(VersionConflict) as gap:
+        await sessions.extend("p", Extend(version=1, keep=2, tokens=[9]))
+    assert gap.value.details == {"expected_version": 2}
+    op = Extend(version=2, keep=1, tokens=[3, 9])
+    first = await sessions.extend("p", op)
+    assert (first.version, first.state, first.length, first.kept) == (2, "finishing", 3, 1)
+    assert (answer.version, answer.tokens) == (2, [1, 3, 9])
+    assert core.tokens["p"] == [1, 3, 9]
+    cut = await sessions.invalidate("p", Invalidate(version=3, keep=2))
+    assert (cut.version, cut.length, cut.kept) == (3, 2, 2)
+    assert (answer.version, answer.tokens) == (3, [1, 3])
+    await core.close("p")
+    with pytest.raises(PromptFinished):
+        await sessions.extend("p", Extend(version=4, keep=2, tokens=[9]))
+    assert await sessions.invalidate("p", Invalidate(version=3, keep=2)) == cut, "a retry"
+    assert core.operations == ["open", "reopen", "reopen", "close"]
+
+
+async def test_updates_that_are_sent_without_waiting_are_taken_or_refused_in_order(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("p", Open(tokens=[1]))
+    session, answer = sessions.finish("p", finish(1, 1))
+    core.delay_s = lambda: 0.02
+    ops = [Extend(version=v, keep=2, tokens=[v] * v) for v in (2, 3)]
+    taken = await asyncio.gather(*(sessions.extend("p", op) for op in ops))
+    assert [progress.length for progress in taken] == [4, 5]
+    assert (answer.version, answer.tokens) == (3, [1, 9, 3, 3, 3])
+    await core.close("p")
+    ops = [Extend(version=v, keep=2, tokens=[]) for v in (4, 5)]
+    refused = await asyncio.gather(
+        *(sessions.extend("p", op) for op in ops), return_exceptions=True
+    )
+    assert [type(e) for e in refused] == [PromptFinished] * 2
+    assert (session.version, session.tokens) == (3, answer.tokens)
+
+
+async def answer_events(answer: Answer) -> list[Event]:
+    """Read an answer of an engine that says how long the prompt is, when it is not stopped."""
+
+    async def generate(version: int, tokens: list[int]) -> AsyncGenerator[Event, None]:
+        await asyncio.sleep(0.05)
+        yield TokenEvent(token_ids=[len(tokens)], text="")
+
+    async with aclosing(answer.events(generate)) as events:
+        return [event async for event in events]
+
+
+async def test_an_update_turns_the_answer_that_is_being_read(sessions: Sessions) -> None:
+    await sessions.open("p", Open(tokens=[1]))
+    _, answer = sessions.finish("p", finish(1, 1))
+    reading = asyncio.create_task(answer_events(answer))
+    await asyncio.sleep(0)
+    await sessions.extend("p", Extend(version=2, keep=1, tokens=[2, 3, 4]))
+    assert await reading == [TokenEvent(token_ids=[4], text="")]
+    with pytest.raises(PromptFinished):
+        await sessions.extend("p", Extend(version=3, keep=1, tokens=[2]))
+
+
+async def test_an_update_that_is_lost_on_its_way_ends_the_answer(
+    sessions: Sessions, core: FakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(prompt_id: str, version: int, tokens: list[int]) -> Status:
+        raise EngineUnavailable("the engine does not answer")
+
+    monkeypatch.setattr(core, "reopen", lost)
+    await sessions.open("p", Open(tokens=[1]))
+    _, answer = sessions.finish("p", finish(1, 1))
+    reading = asyncio.create_task(answer_events(answer))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineUnavailable):
+        await sessions.extend("p", Extend(version=2, keep=1, tokens=[2]))
+    (event,) = await reading
+    assert isinstance(event, ErrorEvent)
+    assert event.error["code"] == "engine_unavailable"
+
+
+async def test_an_answer_that_is_aborted_before_it_begins_ends_with_an_error(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("p", Open(tokens=[1]))
+    _, answer = sessions.finish("p", finish(1, 1))
+    reading = asyncio.create_task(answer_events(answer))
+    await asyncio.sleep(0)
+    await sessions.abort("p")
+    assert [type(event) for event in await reading] == [ErrorEvent]
+    assert core.tokens == {}
 
 
 async def test_an_operation_that_overtakes_is_told_which_version_is_next(
@@ -148,13 +258,20 @@ async def test_silence_longer_than_the_lease_frees_a_prompt(
         await sessions.status("short")
 
 
-async def test_a_finished_prompt_whose_answer_never_began_is_freed_with_its_lease(
+async def test_a_prompt_stays_while_its_answer_is_read_and_not_if_nobody_ever_reads_it(
     sessions: Sessions, core: FakeCore
 ) -> None:
-    await sessions.open("p", Open(tokens=[1], lease_s=1))
-    sessions.finish("p", finish(1, 1))
-    await sessions.expire(time.monotonic() + 2)
-    assert not core.tokens
+    for name in ("read", "unread"):
+        await sessions.open(name, Open(tokens=[1], lease_s=1))
+    session, answer = sessions.finish("read", finish(1, 1))
+    sessions.finish("unread", finish(1, 1))
+    reading = asyncio.create_task(answer_events(answer))
+    await asyncio.sleep(0)
+    assert await sessions.expire(time.monotonic() + 2) == ["unread"]
+    assert list(core.tokens) == ["read"]
+    await reading
+    sessions.answered(session, answer)
+    assert await sessions.expire(time.monotonic() + 2) == ["read"]
 
 
 operations = st.lists(

@@ -29,7 +29,7 @@ def cost_of(setup: Setup) -> CostModel:
 @pytest.fixture
 def started(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     def start(**settings: str) -> StreamScheduler:
-        config = _engine_config(model_dir)
+        config = _engine_config(model_dir, 0)
         monkeypatch.setattr(config, "additional_config", {"stream2llm": settings})
         return Engine(model_dir, 20).scheduler
 
@@ -62,7 +62,7 @@ def test_the_set_up_names_number_format_parallelism_step_and_block(
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2,5")
     setup = started().setup
-    assert setup.settings == "float32 tp1 step96 block32"
+    assert setup.settings == "float32 tp1 step96 block4"
     assert setup.hardware.endswith(", 4 cores")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
     assert started().setup.hardware.endswith(f", {os.cpu_count()} cores")
