@@ -156,10 +156,6 @@ class History:
             self.engine.abort(request_id)
 
     def end(self) -> None:
-        # By `default` a request without KV would wait for idle prompts that hold all of it.
-        self.engine.scheduler.set_policy(
-            self.random.choice([p for p in POLICIES if p != "default"])
-        )
         self.engine.drain()
         while self.open:
             self.do_finish()
