@@ -8,14 +8,17 @@ or is computed again. Checked against vLLM 0.32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.request import Request, RequestStatus
 
 from engine_adapter.scheduling.cost import CostModel, Way
 
-if TYPE_CHECKING:
-    from vllm.v1.request import Request
+
+def loading(request: Request) -> bool:
+    """Its KV is being fetched; until then it computes nothing and keeps its blocks."""
+    return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
 
 
 class HostMemory:

@@ -31,11 +31,10 @@ from vllm.v1.request import Request, RequestStatus
 from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling import policies
 from engine_adapter.scheduling.cost import CostModel
-from engine_adapter.scheduling.order import Order
 from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
-from engine_adapter.vllm.host import HostMemory
+from engine_adapter.vllm.host import HostMemory, loading
 from engine_adapter.vllm.kv import BlockTables
 from engine_adapter.vllm.open_prompts import (
     Endings,
@@ -44,6 +43,7 @@ from engine_adapter.vllm.open_prompts import (
     ended_prompt,
 )
 from engine_adapter.vllm.setup import cost_model, setup_of
+from engine_adapter.vllm.views import Views
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -71,11 +71,6 @@ def _settings(config: Any) -> dict[str, str]:
     return settings
 
 
-def _loading(request: Request) -> bool:
-    """Its KV is being fetched; until then it computes nothing and keeps its blocks."""
-    return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
-
-
 class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's asynchronous scheduler with open prompts."""
 
@@ -90,19 +85,14 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._preemptions = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._endings = Endings()
-        self._last_input_s: dict[str, float] = {}  # of the answers to open prompts
         self._clock: Callable[[], float] = time.time
         settings = _settings(self.vllm_config)
-        self._order = Order(policies.named(settings.get("policy", DEFAULT_POLICY)))
+        policy = policies.named(settings.get("policy", DEFAULT_POLICY))
+        self._views = Views(self, self._tables, policy)
         self.setup = setup_of(self.vllm_config)
         self.cost = cost_model(settings.get("cost_model"), self.setup)
         """What bringing back a victim's KV costs; None if nobody has measured it."""
         self._host = HostMemory(self.connector, self.cost)
-        self._by_request: dict[str, OpenPrompt] = {}
-        self._touched: dict[str, None] = {}  # request ids whose views may be out of date
-        self._deferred: dict[str, None] = {}  # those that vLLM kept back a step ago
-        self._steady: dict[str, range] = {}
-        """Of answers: the computed tokens for which the view of a request stands."""
 
     # Operations. Called between steps, on the thread of the engine's loop.
 
@@ -113,7 +103,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
         prompt = self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
-        self._know(prompt)
+        self._views.put_prompt(prompt)
         self._replan = True
         return self.status(prompt_id)
 
@@ -156,7 +146,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """Forget a prompt and free its blocks; an unknown one is no error."""
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
-            self._forget(prompt)
+            self._views.drop_prompt(prompt)
             self._release(prompt.request)
             self._replan = True
 
@@ -178,7 +168,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         Raises:
             ValueError: there is none of that name.
         """
-        self._order = Order(policies.named(policy), self._order.views())
+        self._views.set_policy(policies.named(policy))
         self._replan = True
 
     def set_cost(self, cost: CostModel) -> None:
@@ -197,7 +187,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "waiting": waiting,
             "open_prompts": len(self._prompts),
             "preemptions": self._preemptions,
-            "policy": self._order.policy.name,
+            "policy": self._views.order.policy.name,
             "hardware": self.setup.hardware,
             "accelerators": self.vllm_config.parallel_config.world_size,
             "settings": self.setup.settings,
@@ -214,10 +204,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                 return  # nobody waits for it: its prompt was replaced while it was on its way
             del self._prompts[prompt.prompt_id]
             self._withdraw(prompt)
-            self._forget(prompt)
+            self._views.drop_prompt(prompt)
             self._inherit(prompt.request, request, request.num_tokens)
             request.arrival_time = prompt.opened_s
-            self._last_input_s[request.request_id] = self._clock()
+            self._views.last_input_s[request.request_id] = self._clock()
             if request.num_computed_tokens and request.prefill_stats is not None:
                 request.prefill_stats.set(
                     num_prompt_tokens=request.num_prompt_tokens,
@@ -225,16 +215,15 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_external_cached_tokens=0,
                 )
         self._endings.put(request)
-        self._touched[request.request_id] = None
+        self._views.touch(request)
         fetches = self._fetches(request, 0 if prompt is None else prompt.lost_tokens)
         super().add_request(request)
         if not fetches and self.cost is not None:  # otherwise the connector does as configured
             self._host.forbid(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._forget_ending(request)
-        self._touched.pop(request.request_id, None)
-        self._order.discard(request.request_id)
+        self._endings.discard(request)
+        self._views.drop(request)
         return super()._free_request(request, *args, **kwargs)
 
     def has_requests(self) -> bool:
@@ -259,20 +248,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._enqueue_waiting_request(request)
             if self._check:
                 self.check_blocks()
-                self.check_order()
-
-    def check_order(self) -> None:
-        """Raise RuntimeError if the order does not show all requests as they are now."""
-        self._refresh()
-        prompts = (self._view_of_prompt(prompt) for prompt in self._prompts.values())
-        requests = itertools.chain(self.running, self.kv_holding_waiting, self.waiting)
-        others = (
-            self._view_of_request(r) for r in requests if r.request_id not in self._by_request
-        )
-        now = {view.request_id: view for view in itertools.chain(prompts, others)}
-        known = {view.request_id: view for view in self._order.views()}
-        if now != known:
-            raise RuntimeError(f"requests are {now}, planned would be {known}")
+                self._views.check(self._prompts.values())
 
     def check_blocks(self) -> None:
         """Raise RuntimeError if the block accounts do not balance."""
@@ -297,31 +273,31 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             if (prompt := self._partial.get(request_id)) is not None:
-                self._touched[request_id] = None
+                self._views.touch(prompt.request)
                 if not prompt.remaining_tokens:
                     self._withdraw(prompt)
 
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if request.status != RequestStatus.RUNNING:  # a token from before it was preempted
-            self._touched[request.request_id] = None
+            self._views.touch(request)
         return super()._update_request_with_output(request, *args, **kwargs)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
-        self._touched[request.request_id] = None
+        self._views.touch(request)
         self._preemptions += 1
 
     # Decide.
 
     def decide(self) -> Plan:
         """What the next step is to compute, and whose KV goes for it; changes nothing."""
-        self._refresh()
+        self._views.refresh()
         partial = sum(
             prompt.request.status == RequestStatus.RUNNING for prompt in self._partial.values()
         )
         return plan(
-            self._order,
-            budget_tokens=self._step_tokens,
+            self._views.order,
+            budget_tokens=self._views.step_tokens,
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             slots=self.max_num_active_reqs - (len(self.running) - partial),
             watermark_blocks=self.kv_cache_manager.watermark_blocks if self.running else 0,
@@ -329,19 +305,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             restore_s=self._restore_s,
         )
 
-    @property
-    def _step_tokens(self) -> int:
-        tokens: int = min(
-            self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
-        )
-        return tokens
-
     def _freeable_blocks(self, view: View) -> int:
         """Blocks that come free if everything is taken from a request."""
         request = self.requests.get(view.request_id)
         if request is not None and (
-            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
-            or not self._request_blocks_can_be_freed(request)
+            loading(request) or not self._request_blocks_can_be_freed(request)
         ):
             return 0
         return self._tables.exclusive(view.request_id)
@@ -350,89 +318,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """What it costs to give a request back what it holds behind its first blocks."""
         keep_tokens = keep_blocks * self._tables.block_size
         return self._host.restore(view.computed_tokens, keep_tokens)[1]
-
-    def _refresh(self) -> None:
-        """Bring the order up to date: what was touched, what runs, what vLLM holds back."""
-        steady = self._steady
-        for request in self.running:
-            request_id = request.request_id
-            stands = steady.get(request_id)
-            if stands is None or request.num_computed_tokens not in stands:
-                self._touched[request_id] = None
-        deferred = {request.request_id: None for request in self.deferred_waiting}
-        for request_id in self._touched | deferred | self._deferred:
-            if (prompt := self._by_request.get(request_id)) is not None:
-                self._order.put(self._view_of_prompt(prompt))
-            elif (r := self.requests.get(request_id)) is not None and not r.is_finished():
-                self._order.put(self._view_of_request(r))
-        self._touched.clear()
-        self._deferred = deferred
-
-    def _know(self, prompt: OpenPrompt) -> None:
-        request_id = prompt.request.request_id
-        self._by_request[request_id] = prompt
-        self._touched[request_id] = None
-
-    def _forget(self, prompt: OpenPrompt) -> None:
-        request_id = prompt.request.request_id
-        del self._by_request[request_id]
-        self._order.discard(request_id)
-
-    def _view_of_prompt(self, prompt: OpenPrompt) -> View:
-        request = prompt.request
-        running = request.status == RequestStatus.RUNNING
-        remaining = 0 if _loading(request) else prompt.remaining_tokens
-        step_tokens = self._step_tokens
-        step = remaining if remaining < step_tokens else step_tokens
-        tokens = request.num_computed_tokens + step if running else request.num_tokens
-        return View(
-            request_id=request.request_id,
-            full=False,
-            arrival_s=prompt.opened_s,
-            last_input_s=prompt.last_input_s,
-            computed_tokens=request.num_computed_tokens,
-            remaining_tokens=remaining,
-            held_blocks=self._tables.held(request.request_id),
-            needed_blocks=self._tables.needed(tokens),
-            running=running,
-            divisible=self._tables.can_inherit,
-            step_tokens=step_tokens,
-        )
-
-    def _view_of_request(self, request: Request) -> View:
-        request_id = request.request_id
-        running = request.status == RequestStatus.RUNNING
-        decoding = running and not request.is_prefill_chunk
-        computed = request.num_computed_tokens
-        remaining = request.num_tokens_with_spec + request.num_output_placeholders - computed
-        if _loading(request):
-            remaining = 0
-        step_tokens = self._step_tokens
-        step = min(remaining, step_tokens) + self.num_lookahead_tokens
-        # vLLM admits a waiting request only if its whole sequence fits.
-        tokens = computed + step if running else request.num_tokens
-        held = self._tables.held(request_id)
-        needed = self._tables.needed(min(tokens, self.max_model_len))
-        self._steady.pop(request_id, None)
-        if decoding:
-            block = self._tables.smallest_block
-            computed -= computed % block
-            if remaining == 1 and needed <= held:  # until a token begins a block
-                self._steady[request_id] = range(computed, computed + block - step)
-        return View(
-            request_id=request_id,
-            full=True,
-            arrival_s=request.arrival_time,
-            last_input_s=self._last_input_s.get(request_id, request.arrival_time),
-            computed_tokens=computed,
-            remaining_tokens=remaining,
-            held_blocks=held,
-            needed_blocks=needed,
-            decoding=decoding,
-            running=running,
-            priority=request.priority,
-            step_tokens=step_tokens,
-        )
 
     # Make room, and show vLLM what it may schedule.
 
@@ -444,15 +329,15 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """
         self._grants = dict(decided.grants)
         for eviction in decided.evictions:
-            prompt = self._by_request.get(eviction.request_id)
+            prompt = self._views.prompts.get(eviction.request_id)
             if prompt is None:
                 self._evict_request(self.requests[eviction.request_id])
             else:
                 self._evict_prompt(prompt, eviction.keep_blocks)
-        for prompt in [p for i in self._grants if (p := self._by_request.get(i)) is not None]:
+        for prompt in [p for i in self._grants if (p := self._views.prompts.get(i)) is not None]:
             self._activate(prompt)
         idle = [p for i, p in self._partial.items() if i not in self._grants]
-        for prompt in [p for p in idle if not _loading(p.request)]:
+        for prompt in [p for p in idle if not loading(p.request)]:
             self._renew(prompt, prompt.request.prompt_token_ids, prompt.request.num_tokens)
         rank = {request_id: i for i, request_id in enumerate(self._grants)}
         self.running.sort(key=lambda r: rank.get(r.request_id, len(rank)))
@@ -462,10 +347,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         waiting = [*self.kv_holding_waiting, *self.waiting]
         self.kv_holding_waiting.remove_requests(waiting)
         self.waiting.remove_requests(waiting)
-        shown = [r for r in waiting if r.request_id in rank or _loading(r)]
+        shown = [r for r in waiting if r.request_id in rank or loading(r)]
         for request in sorted(shown, key=lambda r: rank.get(r.request_id, len(rank))):
             self._enqueue_waiting_request(request)
-        return [r for r in waiting if r.request_id not in rank and not _loading(r)]
+        return [r for r in waiting if r.request_id not in rank and not loading(r)]
 
     def _evict_request(self, request: Request) -> None:
         """Take everything from an ordinary request, as vLLM's preemption does."""
@@ -475,7 +360,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         self.kv_holding_waiting.remove_requests([request])
         self._free_request_blocks(request)
-        self._touched[request.request_id] = None
+        self._views.touch(request)
         request.num_computed_tokens = 0
         self._preemptions += 1
         self._enqueue_waiting_request(request)
@@ -515,7 +400,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         )
         if taken is not None:
             request.num_computed_tokens = hit_tokens
-            self._touched[request.request_id] = None
+            self._views.touch(request)
         return taken is not None
 
     # Host memory.
@@ -536,16 +421,17 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         if computed:
             self._free_request_blocks(request)
             request.num_computed_tokens = 0
+            self._views.touch(request)
         return True
 
     def _take_in_loads(self) -> None:
         """Requests whose KV has come from host memory can be scheduled again, or parked."""
         if not self.finished_recving_kv_req_ids:
             return
-        for request in [r for r in self.kv_holding_waiting if _loading(r)]:
+        for request in [r for r in self.kv_holding_waiting if loading(r)]:
             if self._handle_blocked_waiting_request(request):
                 self.deferred_waiting.discard(request)
-                self._touched[request.request_id] = None
+                self._views.touch(request)
                 prompt = self._partial.get(request.request_id)
                 if prompt is not None and not prompt.remaining_tokens:
                     self._withdraw(prompt)
@@ -595,7 +481,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """
         old = prompt.request
         self._withdraw(prompt)
-        self._forget(prompt)
+        self._views.drop_prompt(prompt)
         same = min(keep, len(tokens)) // self.hash_block_size
         prompt.request = self._version(
             prompt.prompt_id,
@@ -605,7 +491,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             old._block_hasher,
             old.block_hashes[:same],
         )
-        self._know(prompt)
+        self._views.put_prompt(prompt)
         self._inherit(old, prompt.request, keep)
 
     def _inherit(self, old: Request, new: Request, keep: int) -> None:
@@ -649,17 +535,13 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         request = self._endings.without_token(prompt_id)
         if request is None:
             raise PromptFinished(f"the answer to prompt {prompt_id!r} has begun")
-        self._forget_ending(request)
+        self._endings.discard(request)
+        self._views.drop(request)
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         prompt = OpenPrompt(prompt_id, request, request.arrival_time, self._clock(), scheduled=True)
         self._prompts[prompt_id] = self._partial[request.request_id] = prompt
-        self._know(prompt)
+        self._views.put_prompt(prompt)
         return prompt
-
-    def _forget_ending(self, request: Request) -> None:
-        self._endings.discard(request)
-        self._last_input_s.pop(request.request_id, None)
-        self._steady.pop(request.request_id, None)
 
     def _withdraw(self, prompt: OpenPrompt) -> None:
         """Take a prompt's request out of vLLM's queues and the workers, blocks untouched."""
@@ -667,9 +549,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         request = prompt.request
         prompt.scheduled = False
-        self._touched[request.request_id] = None
+        self._views.touch(request)
         del self._partial[request.request_id]
-        if _loading(request):
+        if loading(request):
             super().finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
             request.num_computed_tokens = 0
             return
