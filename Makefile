@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
 
-.PHONY: help setup model demo test check bench-gateway bench-sim bench-plan clean
+.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ bench-gateway: model ## what the gateway itself costs per chunk, with 200 open s
 
 bench-sim: $(READY) ## the policies on the simulated engine, beside the published figures
 	@$(BIN)/python -m loadtest.bench_sim
+
+bench-policies: model ## the policies on the real engine, beside stock vLLM, when memory is short
+	@$(BIN)/python -m loadtest.bench_policies
 
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan
