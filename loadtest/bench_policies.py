@@ -45,8 +45,8 @@ STREAMS = 24
 ANSWER_TOKENS = 4
 STEP_TOKENS = 128
 ANN_GAP_FACTOR = 4.0
-"""Lists improve within half a second on average: their gaps are stretched, and they come as much more
-often, so that about as many are open at once as of the crawl."""
+"""Lists improve within half a second on average: their gaps are stretched, and they come as much
+more often, so that about as many are open at once as of the crawl."""
 WHOLE, PARTS = "stock, whole", "stock, parts"
 IDLE_WITHIN_S = 60.0
 

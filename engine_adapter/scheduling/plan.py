@@ -82,7 +82,14 @@ def plan(
                 break
             if speculative < most:
                 most = speculative
-        grant = view.remaining_tokens if view.remaining_tokens < most else most
+        if view.remaining_tokens <= most:
+            grant = view.remaining_tokens
+        elif full and not view.decoding:
+            grant = min(most, policy.unfinished_tokens(prefill_tokens))
+            if grant <= 0:
+                break
+        else:
+            grant = most
         stays = running and full
         if slots <= 0 and not stays:
             continue

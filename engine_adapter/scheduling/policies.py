@@ -50,9 +50,10 @@ class Policy:
     together would take each other's KV in turn for ever; so would a partial and a full one
     by `mcps`."""
     restrained: bool = False
-    """Partial requests fill no more of a step than `speculative_tokens` says. A request whose
-    input closes while a step is under way waits for its end, and shares the next one: steps full
-    of speculation are what its TTFT is made of."""
+    """A step holds no more of partial requests than `speculative_tokens` says, and no more of a
+    full one that it does not finish than `unfinished_tokens`. A request whose input closes while
+    a step is under way waits for its end, and for that of the next one, its own: what else is in
+    the two is what its TTFT is made of."""
 
     def speculative_tokens(self, full_tokens: int, partial_tokens: int) -> int:
         """Tokens of a step that partial requests may have.
@@ -67,8 +68,20 @@ class Policy:
         if not self.restrained:
             return sys.maxsize
         if full_tokens:
-            return max(SHORTEST_STEP_TOKENS - full_tokens, 0)
+            return self.unfinished_tokens(full_tokens)
         return max(2 * SHORTEST_STEP_TOKENS, int(SPECULATIVE_SHARE * partial_tokens))
+
+    def unfinished_tokens(self, full_tokens: int) -> int:
+        """Tokens of a step for a full request whose prefill does not end with it.
+
+        Behind others, whose answers would wait for it, only what makes a short step worth its cost.
+
+        Args:
+            full_tokens: what other full requests prefill in this step.
+        """
+        if not self.restrained or not full_tokens:
+            return sys.maxsize
+        return max(SHORTEST_STEP_TOKENS - full_tokens, 0)
 
     def key(self, view: View) -> tuple[Any, Any]:
         """Sort key: classes first."""

@@ -159,6 +159,18 @@ def test_speculative_steps_grow_with_what_there_is_to_read() -> None:
     assert [speculated(n) for n in (400, 4000, 40_000, 400_000)] == [400, 1024, 2000, 8192]
 
 
+def test_a_long_prefill_does_not_make_short_ones_wait_in_their_step() -> None:
+    def grants(policy: str, *tokens: int) -> list[int]:
+        views = [view(f"r{i}", remaining_tokens=n, step_tokens=8192) for i, n in enumerate(tokens)]
+        order = Order(policies.named(policy), views)
+        return list(plan(order, budget_tokens=8192, free_blocks=99, slots=99).grants.values())
+
+    assert grants("srpf", 1000, 2000, 30_000) == [1000, 2000]
+    assert grants("srpf", 100, 30_000) == [100, 412], "but short steps are filled up"
+    assert grants("srpf", 30_000) == [8192]
+    assert grants("fcfs", 1000, 30_000) == [1000, 7192]
+
+
 def test_an_answer_under_way_does_not_hold_back_speculation() -> None:
     answering = view("a", decoding=True, running=True, remaining_tokens=1)
     partial = view("p", full=False, remaining_tokens=900)
