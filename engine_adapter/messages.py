@@ -196,8 +196,6 @@ class EngineInfo(Message, frozen=True):
     open_prompts: int
     preemptions: int = 0
     """How often the engine gave back a request's KV to make room, since its start."""
-    computed_tokens: int = 0
-    """All that its steps computed since its start, in tokens."""
     invalidated_tokens: int = 0
     """Computed tokens whose KV went because their prompt changed, since its start."""
     policy: str = ""

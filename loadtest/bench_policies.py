@@ -1,16 +1,22 @@
-"""Policies on the real engine, beside stock vLLM, when memory is short.
+"""The policies beside each other on a real vLLM, and beside vLLM without the plug-in.
 
-One trace in two forms, appends (a crawl) and updates (a list that improves), scaled down to a small
-model on a CPU: prompts divided, arrivals so dense that about 24 streams are open at once, and a KV
-pool of a quarter of what 24 streams need. Every row plays the same trace at its own times (open
-loop: a slow engine does not slow the load). Three engines, one after the other:
+Two traces with the published statistics (arXiv 2604.16395), scaled down to what a small model on a
+CPU can do: `crawl` only appends, `ann` replaces ranked lists. Arrivals are open loop (Poisson),
+at the rate at which 24 prompts would be open on average if answering took no time; the KV pool has
+a quarter of the tokens of 24 mean prompts. Every row plays the same trace, under a cache salt of
+its own, so that none finds another's KV. The tokens are random.
 
-- vLLM with the plug-in, by each policy, switched while it runs;
-- `stock, whole`: vLLM alone; a query is sent when its retrieval has ended;
-- `stock, parts`: vLLM alone, with its own streaming input (`loadtest.stock_streaming`).
+- `non-streaming`: stock vLLM; each prompt is sent whole when its retrieval ends.
+- `StreamingInput`: stock vLLM's own streaming, which can only append: when a list changes, its
+  session is given up and a new one is begun with the whole list.
+- the others: the plug-in, by that policy.
 
-TTFT counts from when the last input was due. Greedy answers in float32 are compared with those of
-`stock, whole`.
+TTFT counts from when the last input is due to the first token of the answer. `preempted`: how often
+KV was taken to make room. `invalidated`: computed tokens whose prompt changed. `recomputed`: tokens
+computed (as vLLM itself logs for each step) beyond those of all final prompts and answers, the
+invalidated ones included. A row ends early when, all input handed over, nothing is computed for
+`--patience` seconds: then `answered` says how many got their answer. `differ`: greedy answers whose
+tokens are not those of `non-streaming`.
 
 `make bench-policies`; the last line is a JSON object.
 """
@@ -20,335 +26,391 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import re
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import EngineOptions, Server, engine
 from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError
-from engine_adapter.scheduling.policies import POLICIES
 from loadtest import workload
 from loadtest.report import Cuts, machine, p50_p95_p99, slashed, vllm_version
 from loadtest.targets import Clock, SessionOfParts, Streamed, Target, Whole
 from loadtest.trace import Script, most_at_once, scaled, script
+from loadtest.workload import Query
 
-MODEL = "smollm2-135m-instruct"
-BLOCK_TOKENS = 32
+POLICIES = ("default", "fcfs", "lcas", "mcps", "srpf")
+WHOLE = "non-streaming"
+SESSIONS = "StreamingInput"
+GAP_FACTORS = {"crawl": 1.2, "ann": 8.0}
+COLUMNS = ("preempted", "invalidated", "recomputed", "ends, s", "open", "answered", "errors",
+           "differ")  # fmt: skip
 STREAMS = 24
-"""That many share a pool of a quarter of their tokens."""
-ANSWER_TOKENS = 4
-STEP_TOKENS = 128
-ANN_GAP_FACTOR = 4.0
-"""Lists improve within half a second on average: their gaps are stretched, and they come as much
-more often, so that about as many are open at once as of the crawl."""
-WHOLE, PARTS = "stock, whole", "stock, parts"
-IDLE_WITHIN_S = 60.0
+MEMORY_SHARE = 4
+BLOCK_TOKENS = 32
+ITERATION = re.compile(r"(\d+) context tokens, \d+ generation requests, (\d+) generation tokens")
+PREEMPTIONS = re.compile(r"^vllm:num_preemptions_total\S* (\S+)$", re.MULTILINE)
+POLL_S = 0.5
+SETTLED_S = 1.5
+DEADLINE_S = 180.0
+"""The longest that a row goes on after its last input."""
 
-Targets = type[Streamed] | type[Whole] | type[SessionOfParts]
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A trace, ready to be played."""
+
+    name: str
+    scripts: tuple[Script, ...]
+    qps: float
+    open_at_once: int
+    """Prompts open at once at most, if answering took no time."""
+
+    @property
+    def ends_s(self) -> float:
+        """When the last input of all is due."""
+        return max(script.due_s[-1] for script in self.scripts)
+
+    def needed_tokens(self, answer_tokens: int) -> int:
+        """Tokens to compute when each is computed once. The last one of an answer is not."""
+        return sum(len(script.prompt) + answer_tokens - 1 for script in self.scripts)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of one query."""
 
+    query_id: int
+    token_ids: tuple[int, ...]
     ttft_s: float | None
-    """None: nothing came."""
-    tokens: tuple[int, ...]
-    finished: bool
+    """None if no token came."""
+    span_s: tuple[float, float]
+    """From its first input to its end."""
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """An engine's own counts, in tokens but the preemptions; None where it has none."""
+    """What an engine has done since its start."""
 
+    computed_tokens: int
     preemptions: int
-    invalidated: int | None = None
-    computed: int | None = None
+    invalidated_tokens: int | None
+    """None where nothing can be invalidated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to serve one trace."""
+    """One trace on one engine. Seconds and tokens; None where the figure would say nothing."""
 
+    workload: str
     name: str
-    trace: str
     queries: int
-    finished: int
+    answered: int
+    errors: int
     ttft_s: Cuts | None
-    """Of those that finished; None if nobody did."""
-    ends_s: float
-    """When the last answer was complete, or given up."""
     preemptions: int
     invalidated_tokens: int | None
-    beyond_need_tokens: int | None
-    """Computed more often than once, or for a list that was replaced."""
-    answers: dict[int, tuple[int, ...]]
-    """Tokens of the finished ones, by query."""
+    recomputed_tokens: int | None
+    completion_s: float | None
+    open_at_once: int
+    """Prompts between their first input and the end of their answer, at most."""
+    differing: int = 0
 
 
-async def played(target: Target, scripts: Sequence[Script], within_s: float) -> list[Outcome]:
-    """Play a trace; what is not complete that long after the last input is given up."""
-    clock = Clock()
-    deadline_s = max(s.due_s[-1] for s in scripts) + within_s
-
-    async def one(script: Script) -> Outcome:
-        ttft_s, tokens, finished = None, [], False
-        try:
-            async with (
-                asyncio.timeout(deadline_s - clock.now_s),
-                aclosing(target.answer(script, clock)) as pieces,
-            ):
-                async for piece in pieces:
-                    if ttft_s is None and piece:
-                        ttft_s = clock.now_s - script.due_s[-1]
-                    tokens += piece
-            finished = len(tokens) == ANSWER_TOKENS
-        except (TimeoutError, EngineError, aiohttp.ClientError) as e:
-            print(f"query {script.query_id}: {e!r}", file=sys.stderr)
-        return Outcome(ttft_s, tuple(tokens), finished)
-
-    return await asyncio.gather(*map(one, scripts))
+def load_of(name: str, queries: int, mean_tokens: int, seed: int) -> Load:
+    """A scaled trace at the rate at which `STREAMS` prompts are open on average."""
+    make = workload.crawl if name == "crawl" else workload.ann
+    open_s = statistics.fmean(
+        query.inputs[-1].at_s for query in scaled(make(queries, 1.0, seed), 1, GAP_FACTORS[name])
+    )
+    qps = STREAMS / open_s
+    trace: list[Query] = scaled(make(queries, qps, seed), mean_tokens, GAP_FACTORS[name])
+    scripts = tuple(script(query) for query in trace)
+    at_once = most_at_once((s.due_s[0], s.due_s[-1]) for s in scripts)
+    return Load(name, scripts, qps, at_once)
 
 
-def needed_tokens(scripts: Sequence[Script], answers: Sequence[Outcome]) -> int:
-    """What would be computed if every prompt were computed once; the last token never is."""
-    return sum(
-        len(script.prompt) + len(answer.tokens) - 1
-        for script, answer in zip(scripts, answers, strict=True)
+def pool_blocks(loads: Sequence[Load]) -> int:
+    """Blocks for a share of the tokens of `STREAMS` mean prompts.
+
+    Raises:
+        ValueError: a prompt would not fit.
+    """
+    lengths = [len(script.prompt) for load in loads for script in load.scripts]
+    blocks = round(STREAMS * statistics.fmean(lengths) / MEMORY_SHARE / BLOCK_TOKENS)
+    if blocks * BLOCK_TOKENS < max(lengths) + BLOCK_TOKENS:
+        raise ValueError(f"a prompt of {max(lengths)} tokens does not fit; take another seed")
+    return blocks
+
+
+async def play(target: Target, script: Script, clock: Clock, answer_tokens: int) -> Outcome:
+    """Have one query answered."""
+    token_ids: list[int] = []
+    first_s, error = None, ""
+    try:
+        async with aclosing(target.answer(script, clock)) as pieces:
+            async for piece in pieces:
+                if piece and first_s is None:
+                    first_s = clock.now_s
+                token_ids += piece
+    except (EngineError, aiohttp.ClientError) as e:
+        error = str(e) or type(e).__name__
+    if not error and len(token_ids) != answer_tokens:
+        error = f"the answer broke off after {len(token_ids)} tokens"
+    return Outcome(
+        query_id=script.query_id,
+        token_ids=tuple(token_ids),
+        ttft_s=None if first_s is None else first_s - script.due_s[-1],
+        span_s=(script.due_s[0], clock.now_s),
+        error=error,
     )
 
 
-class Engine(Protocol):
-    """A running engine as the benchmark sees it."""
+class Meter:
+    """Reads what an engine does from outside: its log, its metrics, the plug-in's info."""
 
-    async def counters(self) -> Counters:
-        """What it has counted since its start."""
-
-    async def idle(self) -> bool:
-        """Whether it has nothing left to do, and holds nothing of anybody."""
-
-
-class PluginEngine:
-    """vLLM with the plug-in."""
-
-    def __init__(self, http: aiohttp.ClientSession, server: Server) -> None:
-        self.client = EngineClient(http, server.url)
-
-    async def counters(self) -> Counters:
-        info = await self.client.info()
-        return Counters(info.preemptions, info.invalidated_tokens, info.computed_tokens)
-
-    async def idle(self) -> bool:
-        info = await self.client.info()
-        return not (info.running or info.waiting or info.open_prompts)
-
-
-class StockEngine:
-    """vLLM alone. Of recomputed tokens it has no count."""
-
-    def __init__(self, http: aiohttp.ClientSession, server: Server) -> None:
+    def __init__(self, server: Server, http: aiohttp.ClientSession, plugin: bool) -> None:
+        self._server = server
         self._http = http
-        self._url = server.url + "/metrics"
+        self._client = EngineClient(http, server.url) if plugin else None
 
-    async def _metric(self, name: str) -> float:
-        async with self._http.get(self._url) as response:
-            families = text_string_to_metric_families(await response.text())
-        return sum(s.value for family in families for s in family.samples if s.name == name)
+    def computed_tokens(self) -> int:
+        """Tokens of all steps, by vLLM's own log of them."""
+        steps = ITERATION.findall(self._server.log_path.read_text(errors="replace"))
+        return sum(int(prefill) + int(decode) for prefill, decode in steps)
 
     async def counters(self) -> Counters:
-        return Counters(int(await self._metric("vllm:num_preemptions_total")), None, None)
+        """All counts, when the engine has nothing left to do."""
+        computed = await self._settled()
+        if self._client is not None:
+            info = await self._client.info()
+            return Counters(computed, info.preemptions, info.invalidated_tokens)
+        async with self._http.get(self._server.url + "/metrics") as response:
+            values = PREEMPTIONS.findall(await response.text())
+        return Counters(computed, sum(int(float(value)) for value in values), None)
 
-    async def idle(self) -> bool:
-        running = await self._metric("vllm:num_requests_running")
-        return not running + await self._metric("vllm:num_requests_waiting")
+    async def _settled(self) -> int:
+        computed = self.computed_tokens()
+        while True:
+            await asyncio.sleep(SETTLED_S)
+            before, computed = computed, self.computed_tokens()
+            if computed == before:
+                return computed
 
 
-def traces(options: argparse.Namespace) -> dict[str, list[Script]]:
-    """Both forms of the load, as tokens."""
-    crawl = workload.crawl(options.queries, options.qps, options.seed)
-    ann = workload.ann(options.queries, ANN_GAP_FACTOR * options.qps, options.seed)
-    return {
-        "appends": [script(q) for q in scaled(crawl, options.mean_tokens, 1.0)],
-        "updates": [script(q) for q in scaled(ann, options.mean_tokens, ANN_GAP_FACTOR)],
-    }
-
-
-class Bench:
-    """All rows of one run."""
-
-    def __init__(self, http: aiohttp.ClientSession, options: argparse.Namespace) -> None:
-        self.http = http
-        self.within_s: float = options.within
-        self.traces = traces(options)
-        longest = max(len(s.prompt) for t in self.traces.values() for s in t) + ANSWER_TOKENS
-        quarter = STREAMS * options.mean_tokens // 4
-        self.pool_blocks = -(-max(quarter, longest) // BLOCK_TOKENS)
-        self.rows: list[Row] = []
-
-    async def run(self) -> None:
-        """Every engine in its turn."""
-        with self.started(plugin=True) as server:
-            by_plugin = PluginEngine(self.http, server)
-            for trace in self.traces:
-                for policy in POLICIES:
-                    await by_plugin.client.set_policy(policy)
-                    await self.play(trace, policy, by_plugin, server.url, Streamed)
-        with self.started(plugin=False) as server:
-            stock = StockEngine(self.http, server)
-            for trace in self.traces:
-                await self.play(trace, WHOLE, stock, server.url, Whole)
-        with self.started(plugin=False, module="loadtest.stock_streaming") as server:
-            stock = StockEngine(self.http, server)
-            for trace in self.traces:
-                await self.play(trace, PARTS, stock, server.url, SessionOfParts)
-
-    @contextmanager
-    def started(self, plugin: bool, module: str | None = None) -> Iterator[Server]:
-        """An engine, ready."""
-        options = EngineOptions(
-            dtype="float32",
-            max_model_len=self.pool_blocks * BLOCK_TOKENS,
-            max_num_batched_tokens=STEP_TOKENS,
-            kv_blocks=1 + self.pool_blocks,  # one is vLLM's null block
-            plugin=plugin,
-        )
-        if module is not None:
-            options = replace(options, module=module)
-        with engine(options) as server:
-            server.start().wait_ready(300)
-            yield server
-
-    async def play(
-        self,
-        trace: str,
-        name: str,
-        engine: Engine,
-        url: str,
-        make: type[Streamed | Whole | SessionOfParts],
-    ) -> None:
-        """One row; salted, so that it finds no other row's KV."""
-        scripts = self.traces[trace]
-        target = make(self.http, url, MODEL, f"{trace}-{name}", ANSWER_TOKENS)
-        before, clock = await engine.counters(), Clock()
-        outcomes = await played(target, scripts, self.within_s)
-        ends_s = clock.now_s
-        async with asyncio.timeout(IDLE_WITHIN_S):
-            while not await engine.idle():
-                await clock.until(clock.now_s + 0.1)
-        row = row_of(name, trace, scripts, outcomes, before, await engine.counters(), ends_s)
-        self.rows.append(row)
-        print(f"{trace}, {name}: {row.finished} of {len(scripts)}, {ends_s:.0f} s", file=sys.stderr)
+async def play_all(
+    target: Target, load: Load, meter: Meter, options: argparse.Namespace
+) -> list[Outcome]:
+    """Play a trace to its end, or until the engine is stuck; the outcomes there are."""
+    clock = Clock()
+    tasks = [
+        asyncio.create_task(play(target, script, clock, options.answer_tokens))
+        for script in load.scripts
+    ]
+    pending: set[asyncio.Task[Outcome]] = set(tasks)
+    computed, moved_s = -1, 0.0
+    while pending:
+        _, pending = await asyncio.wait(pending, timeout=POLL_S)
+        before, computed = computed, meter.computed_tokens()
+        if computed != before or clock.now_s < load.ends_s:
+            moved_s = clock.now_s
+        stuck = clock.now_s - moved_s > options.patience
+        if stuck or clock.now_s > load.ends_s + DEADLINE_S:
+            break
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    return [task.result() for task in tasks if not task.cancelled()]
 
 
 def row_of(
-    name: str,
-    trace: str,
-    scripts: Sequence[Script],
-    outcomes: Sequence[Outcome],
-    before: Counters,
-    after: Counters,
-    ends_s: float,
-) -> Row:
-    """What came of one row."""
-    done = [o for o in outcomes if o.finished and o.ttft_s is not None]
-    ttfts_s = [o.ttft_s for o in done if o.ttft_s is not None]
-    computed = None
-    if before.computed is not None and after.computed is not None:
-        computed = after.computed - before.computed - needed_tokens(scripts, outcomes)
+    load: Load, name: str, outcomes: Sequence[Outcome], before: Counters, after: Counters,
+    answer_tokens: int,
+) -> Row:  # fmt: skip
+    """The figures of one trace played."""
+    answered = [o for o in outcomes if not o.error]
+    ttft_s = [o.ttft_s for o in answered if o.ttft_s is not None]
+    complete = len(answered) == len(load.scripts)
+    computed = after.computed_tokens - before.computed_tokens
     invalidated = None
-    if before.invalidated is not None and after.invalidated is not None:
-        invalidated = after.invalidated - before.invalidated
+    if before.invalidated_tokens is not None and after.invalidated_tokens is not None:
+        invalidated = after.invalidated_tokens - before.invalidated_tokens
+    ended_s = {o.query_id: o.span_s[1] for o in outcomes}
     return Row(
+        workload=load.name,
         name=name,
-        trace=trace,
-        queries=len(scripts),
-        finished=len(done),
-        ttft_s=p50_p95_p99(ttfts_s) if ttfts_s else None,
-        ends_s=ends_s,
+        queries=len(load.scripts),
+        answered=len(answered),
+        errors=len(outcomes) - len(answered),
+        ttft_s=p50_p95_p99(ttft_s) if ttft_s else None,
         preemptions=after.preemptions - before.preemptions,
         invalidated_tokens=invalidated,
-        beyond_need_tokens=computed,
-        answers={
-            s.query_id: o.tokens for s, o in zip(scripts, outcomes, strict=True) if o.finished
-        },
+        recomputed_tokens=computed - load.needed_tokens(answer_tokens) if complete else None,
+        completion_s=max(ended_s.values()) if complete else None,
+        open_at_once=most_at_once(
+            (s.due_s[0], ended_s.get(s.query_id, float("inf"))) for s in load.scripts
+        ),
     )
 
 
-def differing(row: Row, reference: Row) -> int:
-    """Queries that both answered, with other tokens."""
-    both = row.answers.keys() & reference.answers.keys()
-    return sum(row.answers[query] != reference.answers[query] for query in both)
-
-
-def report(bench: Bench, options: argparse.Namespace) -> None:
-    """Print the tables, and the JSON object as the last line."""
-    print(
-        f"{machine()}, {vllm_version()}; seed {options.seed}; {MODEL} in float32, steps of "
-        f"{STEP_TOKENS} tokens, KV pool of {bench.pool_blocks * BLOCK_TOKENS} tokens; "
-        f"{options.queries} queries of {options.mean_tokens} tokens on average, {options.qps:g} a "
-        f"second; given up {options.within:g} s after the last input"
-    )
-    for trace, scripts in bench.traces.items():
-        spans = ((s.due_s[0], s.due_s[-1]) for s in scripts)
-        tokens = sum(len(s.prompt) for s in scripts)
-        print(
-            f"\n{trace}: {tokens} tokens in all, retrieval of up to {most_at_once(spans)} at once\n"
-            f"{'':15}{'TTFT P50 / P95 / P99, s':>25}{'finished':>10}{'ends, s':>9}{'preempt':>9}"
-            f"{'inval.':>8}{'beyond need':>13}{'differ':>8}"
-        )
-        rows = [row for row in bench.rows if row.trace == trace]
-        reference = next(row for row in rows if row.name == WHOLE)
-        for row in rows:
-            print(line(row, differing(row, reference)))
-    print(LEGEND)
-    result = [{k: v for k, v in asdict(row).items() if k != "answers"} for row in bench.rows]
-    print(json.dumps({"benchmark": "policies", "rows": result}))
-
-
-LEGEND = """
-ends: when the last answer was complete, or given up. preempt: how often KV was taken from
-somebody. inval.: computed tokens given back because their list changed. beyond need: tokens
-computed more than once, or of a list that was replaced; vLLM alone counts neither. differ: answers
-whose tokens are not those of `stock, whole`, of the queries that both finished."""
-
-
-def line(row: Row, differ: int) -> str:
-    """One row of a table."""
-
-    def count(value: int | None) -> str:
-        return "-" if value is None else str(value)
-
-    return (
-        f"{row.name:15}{slashed(row.ttft_s, 2) or '-':>25}{f'{row.finished} of {row.queries}':>10}"
-        f"{row.ends_s:>9.0f}{row.preemptions:>9}{count(row.invalidated_tokens):>8}"
-        f"{count(row.beyond_need_tokens):>13}{differ:>8}"
+def differing(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> int:
+    """How many answers have other tokens than the reference's to the same query."""
+    wanted = {o.query_id: o.token_ids for o in reference if not o.error}
+    return sum(
+        o.token_ids != wanted[o.query_id] for o in outcomes if not o.error and o.query_id in wanted
     )
 
 
-async def run(options: argparse.Namespace) -> int:
-    timeout = aiohttp.ClientTimeout(total=None)
+@dataclass(frozen=True, slots=True)
+class Side:
+    """An engine, and the rows it is played for."""
+
+    rows: tuple[str, ...]
+    target: type[Whole] | type[Streamed] | type[SessionOfParts]
+    options: EngineOptions
+
+    @property
+    def plugin(self) -> bool:
+        return self.options.plugin
+
+
+def sides(options: argparse.Namespace, blocks: int) -> list[Side]:
+    """The three engines, which differ in nothing but what the rows are about."""
+    plain = EngineOptions(
+        dtype="float32",
+        max_model_len=blocks * BLOCK_TOKENS,
+        kv_blocks=blocks + 1,  # one is vLLM's null block
+        max_num_batched_tokens=options.step_tokens,
+        plugin=False,
+        extra_args=("--enable-logging-iteration-details", "--max-num-seqs", "64"),
+    )
+    sessions = replace(plain, module="loadtest.stock_streaming")
+    return [
+        Side((WHOLE,), Whole, plain),
+        Side((SESSIONS,), SessionOfParts, sessions),
+        Side(POLICIES, Streamed, replace(plain, plugin=True)),
+    ]
+
+
+async def measure(
+    side: Side, server: Server, loads: Sequence[Load], options: argparse.Namespace
+) -> list[tuple[Row, list[Outcome]]]:
+    """All rows of one engine."""
+    found = []
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
-        bench = Bench(http, options)
-        await bench.run()
-    report(bench, options)
-    return 0
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+
+        def target(salt: str) -> Target:
+            name = side.options.served_name
+            return side.target(http, server.url, name, salt, options.answer_tokens)
+
+        warm = replace(
+            loads[0].scripts[0], due_s=(0.0,), contexts=loads[0].scripts[0].contexts[-1:]
+        )
+        await play(target("warm"), warm, Clock(), options.answer_tokens)
+        meter = Meter(server, http, side.plugin)
+        for load in loads:
+            for name in side.rows:
+                if side.plugin:
+                    await EngineClient(http, server.url).set_policy(name)
+                before = await meter.counters()
+                outcomes = await play_all(target(f"{load.name}-{name}"), load, meter, options)
+                after = await meter.counters()
+                row = row_of(load, name, outcomes, before, after, options.answer_tokens)
+                print(f"  {load.name} {name}: {row.answered} of {row.queries} answered", flush=True)
+                for error in {o.error for o in outcomes if o.error}:
+                    print(f"    {error}", flush=True)
+                found.append((row, outcomes))
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--queries", type=int, default=48)
-    parser.add_argument("--mean-tokens", type=int, default=400)
-    parser.add_argument("--qps", type=float, default=3.0)
-    parser.add_argument("--within", type=float, default=60.0, help="seconds after the last input")
+    parser.add_argument("--queries", type=int, default=36, help="in each trace")
+    parser.add_argument("--tokens", type=int, default=288, help="of the mean prompt")
+    parser.add_argument("--answer-tokens", type=int, default=4)
+    parser.add_argument("--step-tokens", type=int, default=128)
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds; see above")
     parser.add_argument("--seed", type=int, default=1)
-    return asyncio.run(run(parser.parse_args()))
+    options = parser.parse_args()
+    loads = [load_of(name, options.queries, options.tokens, options.seed) for name in GAP_FACTORS]
+    blocks = pool_blocks(loads)
+    introduce(loads, blocks, options)
+    found: list[tuple[Row, list[Outcome]]] = []
+    for side in sides(options, blocks):
+        with engine(side.options) as server:
+            server.start().wait_ready(300)
+            found += asyncio.run(measure(side, server, loads, options))
+    rows = compared(found)
+    report(rows, loads, options)
+    return 0 if all(row.errors == 0 for row in rows) else 1
+
+
+def compared(found: Sequence[tuple[Row, list[Outcome]]]) -> list[Row]:
+    """The rows, each with how many of its answers differ from those of the whole prompts."""
+    reference = {row.workload: outcomes for row, outcomes in found if row.name == WHOLE}
+    return [
+        replace(row, differing=differing(outcomes, reference[row.workload]))
+        for row, outcomes in found
+    ]
+
+
+def introduce(loads: Sequence[Load], blocks: int, options: argparse.Namespace) -> None:
+    """Print what the figures depend on."""
+    print(
+        f"{machine()}, {vllm_version()}; load average {os.getloadavg()[0]:.1f} before the start; "
+        f"smollm2-135m-instruct, float32; seed {options.seed}; steps of {options.step_tokens} "
+        f"tokens; KV pool of {blocks * BLOCK_TOKENS} tokens in {blocks} blocks; answers of "
+        f"{options.answer_tokens} tokens; random prompts"
+    )
+    for load in loads:
+        lengths = [len(script.prompt) for script in load.scripts]
+        inputs = sum(len(script.due_s) for script in load.scripts)
+        print(
+            f"  {load.name}: {len(lengths)} prompts of {statistics.fmean(lengths):.0f} tokens, "
+            f"{max(lengths)} at most; {inputs} inputs in {load.ends_s:.0f} s; gaps "
+            f"x{GAP_FACTORS[load.name]:g}; {load.qps:.1f} queries/s; up to {load.open_at_once} "
+            "open at once by the trace alone"
+        )
+
+
+def report(rows: Sequence[Row], loads: Sequence[Load], options: argparse.Namespace) -> None:
+    """Print the table, and the JSON object as the last line."""
+    print(f"\n{'':23}{'TTFT P50 / P95 / P99, s':>25}" + "".join(f"{c:>12}" for c in COLUMNS))
+    for row in sorted(rows, key=lambda row: [load.name for load in loads].index(row.workload)):
+        name, ttft_s = f"{row.workload} {row.name}", slashed(row.ttft_s, 2) or "-"
+        print(f"{name:23}{ttft_s:>25}" + "".join(f"{cell:>12}" for cell in cells(row)))
+    needed = {load.name: load.needed_tokens(options.answer_tokens) for load in loads}
+    print(
+        f"\ntokens needed: {', '.join(f'{name} {count}' for name, count in needed.items())}. TTFT: "
+        "of those answered. open: prompts between first input and end of answer, at most."
+    )
+    result = {"needed_tokens": needed, "settings": vars(options), "rows": list(map(asdict, rows))}
+    print(json.dumps({"benchmark": "policies", **result}))
+
+
+def cells(row: Row) -> list[str]:
+    """A row's cells under `COLUMNS`."""
+    ends = None if row.completion_s is None else f"{row.completion_s:.1f}"
+    values = (
+        row.preemptions,
+        row.invalidated_tokens,
+        row.recomputed_tokens,
+        ends,
+        row.open_at_once,
+        f"{row.answered}/{row.queries}",
+        row.errors,
+        row.differing,
+    )
+    return ["-" if value is None else str(value) for value in values]
 
 
 if __name__ == "__main__":

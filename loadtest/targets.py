@@ -77,7 +77,7 @@ class Whole:
             response.raise_for_status()
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    for choice in json.loads(line[len("data: ") :])["choices"]:
+                    for choice in json.loads(line[len("data: ") :]).get("choices", ()):
                         yield choice["token_ids"]
 
 
@@ -196,6 +196,8 @@ class SessionOfParts:
         try:
             for due_s, tokens in zip(script.due_s, versions, strict=True):
                 await clock.until(due_s)
+                if tokens == sent:
+                    continue  # the same list again
                 if socket is not None and common(sent, tokens) < len(sent):
                     await socket.close()
                     socket, sent = None, []

@@ -84,7 +84,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._replan = False
         self._preemptions = 0
         self._invalidated_tokens = 0
-        self._computed_tokens = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._endings = Endings()
         self._clock: Callable[[], float] = time.time
@@ -190,7 +189,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "waiting": waiting,
             "open_prompts": len(self._prompts),
             "preemptions": self._preemptions,
-            "computed_tokens": self._computed_tokens,
             "invalidated_tokens": self._invalidated_tokens,
             "policy": self._views.order.policy.name,
             "hardware": self.setup.hardware,
@@ -278,7 +276,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
-        self._computed_tokens += scheduler_output.total_num_scheduled_tokens
         for request_id in scheduler_output.num_scheduled_tokens:
             if (prompt := self._partial.get(request_id)) is not None:
                 self._views.touch(prompt.request)
