@@ -93,14 +93,13 @@ def plan(
         stays = running and full
         if slots <= 0 and not stays:
             continue
-        missing = view.needed_blocks - view.held_blocks
+        missing = max(view.needed_blocks - view.held_blocks, 0)
         wanted = missing if running else missing + watermark_blocks
         if wanted > purse.free_blocks and not purse.fill(entry, wanted):
             if full:
                 break
             continue
-        if missing > 0:
-            purse.free_blocks -= missing
+        purse.free_blocks -= missing
         grants[view.request_id] = grant
         budget_tokens -= grant
         if budget_tokens <= 0:
@@ -126,7 +125,7 @@ def _rescue(
     view = next((entry[2] for entry in order.ready if entry[2].full), None)
     if view is None or view.request_id in purse.evictions or not (slots > 0 or view.running):
         return {}
-    missing = view.needed_blocks - view.held_blocks
+    missing = max(view.needed_blocks - view.held_blocks, 0)
     wanted = missing if view.running else missing + watermark_blocks
     if not purse.take_from_partial(wanted):
         return {}

@@ -80,6 +80,8 @@ def test_the_watermark_stays_free_when_a_request_joins_but_is_not_spent() -> Non
     joining, running = view("a", needed_blocks=4), view("b", needed_blocks=4, running=True)
     assert planned(joining, free=5, watermark_blocks=2).grants == {}
     assert planned(running, free=4, watermark_blocks=2).grants == {"b": 10}
+    holder = view("h", needed_blocks=1, held_blocks=2)
+    assert planned(holder, free=1, watermark_blocks=2).grants == {}, "it has all it needs"
     two = planned(joining, view("c", needed_blocks=4), free=10, watermark_blocks=2)
     assert set(two.grants) == {"a", "c"}
 
