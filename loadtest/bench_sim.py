@@ -196,7 +196,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     """Every row of the tables, the longest first."""
     traces = [("crawl", 4.0, 10.0), *(("crawl", qps, 1.0) for qps in (4.0, 2.0, 1.0, 0.5))]
     traces += [("ann", 2.0, 30.0), *(("ann", qps, 1.0) for qps in (2.0, 1.0, 0.5, 0.25))]
-    wanted = [t for t in traces if options.only in f"{t[0]} {t[1]:g} x{t[2]:g}"]
+    wanted = [t for t in traces if options.only in f"{t[0]} {t[1]:g} x{t[2]:g} "]
     return [
         Case(kind, qps, factor, policy, options.queries if kind == "crawl" else 500, options.seed,
              options.step_tokens)
@@ -208,7 +208,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=4322, help="of the crawl")
-    parser.add_argument("--only", default="", help="traces whose name has this, e.g. 'crawl 4'")
+    parser.add_argument("--only", default="", help="traces whose name has this, e.g. 'crawl 4 x1 '")
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

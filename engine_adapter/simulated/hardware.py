@@ -126,7 +126,7 @@ def estimated_cost(hardware: Hardware, model: Model, step_tokens: int) -> CostMo
 
 LLAMA_3_1_8B = Model("Llama-3.1-8B", 8.03e9, layers=32, heads=32, kv_heads=8, head_size=128)
 
-EFFICIENCY = 0.53
+EFFICIENCY = 0.54
 ATTENTION_EFFICIENCY = 0.4
 STEP_OVERHEAD_S = 0.008
 """Estimates, the same for all hardware and rows; peaks are the vendor's data sheets'."""
