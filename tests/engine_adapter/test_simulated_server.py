@@ -45,6 +45,8 @@ from engine_adapter.simulated.realtime import RealTimeEngine
 from gateway.client import Client, StreamError
 from tests.conftest import until
 
+pytestmark = pytest.mark.engine  # not for their needs, for their time
+
 MODEL = "some-model"
 KV_TOKENS = 100_000
 SPEED = 0.5
