@@ -232,8 +232,6 @@ class EngineOptions:
     """None for a free one."""
     policy: str | None = None
     """In which order requests are computed; None for the plug-in's default."""
-    cost_model: Path | None = None
-    """File, or folder of `calibrate`, with what evictions cost here; None for none."""
     plugin: bool = True
     """False for vLLM alone, without a plug-in of any kind."""
     module: str = "vllm.entrypoints.openai.api_server"
@@ -273,15 +271,11 @@ def engine(options: EngineOptions | None = None) -> Server:
         command += ["--block-size", "32", "--enforce-eager"]
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"
         env["VLLM_CPU_OMP_THREADS_BIND"] = options.cores or f"0-{(os.cpu_count() or 1) - 1}"
-    if plugin := _plugin_settings(options):
-        command += ["--additional-config", json.dumps({"stream2llm": plugin})]
+    if options.policy is not None:
+        settings = {"stream2llm": {"policy": options.policy}}
+        command += ["--additional-config", json.dumps(settings)]
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
-
-
-def _plugin_settings(options: EngineOptions) -> dict[str, str]:
-    given = {"policy": options.policy, "cost_model": options.cost_model}
-    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def is_cpu_build() -> bool:

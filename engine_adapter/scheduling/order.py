@@ -38,9 +38,6 @@ class Order:
         for view in views:
             self.put(view)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def __iter__(self) -> Iterator[View]:
         """All requests, the most urgent first."""
         return (entry[2] for entry in sorted(self._entries.values()))

@@ -38,6 +38,15 @@ class OpenPrompt:
         return max(remaining, 0)
 
 
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many first elements two lists share."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    differs: int = next(i for i in range(n) if a[i] != b[i])
+    return differs
+
+
 def ended_prompt(request: Request) -> str | None:
     """The open prompt that a request ends, if it ends one."""
     return _extra_args(request).get(ADOPT)

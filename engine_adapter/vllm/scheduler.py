@@ -40,6 +40,7 @@ from engine_adapter.vllm.open_prompts import (
     Endings,
     OpenPrompt,
     answers_version_before,
+    common_prefix,
     ended_prompt,
 )
 from engine_adapter.vllm.setup import cost_model, setup_of
@@ -53,15 +54,6 @@ if TYPE_CHECKING:
 
 DEBUG_CHECKS = "STREAM2LLM_DEBUG_CHECKS"
 """Environment: if `1`, block accounts are checked after each step (slow; for tests)."""
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many first elements two lists share."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    differs: int = next(i for i in range(n) if a[i] != b[i])
-    return differs
 
 
 def _settings(config: Any) -> dict[str, str]:
