@@ -141,8 +141,12 @@ class StreamIndex(Protocol):
 class ReplicaIndex(Protocol):
     """Which replicas of the gateway are alive."""
 
-    async def beat(self, replica: str, lease_s: float) -> None:
-        """Say that a replica will be alive for so long."""
+    async def beat(self, replica: str, lease_s: float) -> bool:
+        """Say that a replica will be alive for so long.
+
+        Returns:
+            Whether it was known to be alive: if not, the index may have forgotten more.
+        """
 
     async def alive(self, replica: str) -> bool:
         """Whether it said so."""

@@ -11,6 +11,8 @@
      |   +- SequenceGap          409  the `seq` of a post skips one
      +- BodyTooLarge             413
      +- Overloaded               503  with Retry-After
+     +- IndexAway                503  nobody can say for now which replica holds the stream
+     +- NotHeld                  421  between replicas: the stream is held by another one
      +- EngineFailed             503  no engine, or it died under the stream
 
 One middleware renders them in the OpenAI error shape; after the first byte of an SSE answer
@@ -109,6 +111,22 @@ class Overloaded(GatewayError):
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "1"}
+
+
+class IndexAway(GatewayError):
+    """The stream may be held by another replica, and for now nobody can say by which."""
+
+    status, type, code = 503, "server_error", "index_unavailable"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
+
+
+class NotHeld(GatewayError):
+    """A replica was sent a request for a stream that it does not hold."""
+
+    status, type, code = 421, "server_error", "not_held"
 
 
 class EngineFailed(GatewayError):

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 import aiohttp
 from aiohttp import web
 
+from gateway.keeper import Keeper
 from gateway.placement import Engines
 from gateway.prompt import PromptBuilder
 from gateway.settings import Settings
@@ -21,3 +22,6 @@ EXECUTOR = web.AppKey("executor", Executor)
 """Where tokenizing runs."""
 BUILDERS = web.AppKey("builders", dict[str, asyncio.Future[PromptBuilder]])
 """Prompt builders by model name, made when a model is first asked for."""
+KEEPER = web.AppKey("keeper", Keeper)
+TAKING_OVER = web.AppKey("taking_over", dict[str, asyncio.Task[None]])
+"""Streams that this replica is about to hold."""

@@ -1,11 +1,12 @@
-"""The engines behind this gateway: which answer, and which one takes a new stream."""
+"""The engines behind this gateway: which answer, and which one takes a prompt."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import aiohttp
 
@@ -13,6 +14,7 @@ from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import EngineInfo
 from gateway.errors import EngineFailed, ModelNotFound
+from gateway.routing import POLICIES, Candidate, Decision
 from gateway.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
@@ -30,10 +32,34 @@ class Engine:
     """What it last said; None while it does not answer."""
     streams: int = field(default=0)
     """Streams placed there whose answer is not complete."""
+    placed_tokens: int = field(default=0)
+    """Of the prompts placed there since it was last asked."""
 
     @property
     def url(self) -> str:
         return self.client.url
+
+    def candidate(self, held_tokens: int) -> Candidate:
+        """As the choice sees it. It has answered at least once."""
+        info = self.info
+        assert info is not None
+        used = 1 - info.kv_blocks_free / info.kv_blocks_total if info.kv_blocks_total else 0.0
+        return Candidate(
+            url=self.url,
+            streams=self.streams,
+            waiting_tokens=info.waiting_tokens + self.placed_tokens,
+            running=info.running,
+            kv_use=used,
+            held_tokens=held_tokens,
+        )
+
+
+class Prefixes(Protocol):
+    """Knows what engines hold."""
+
+    async def held(self, engines: Sequence[Engine], tokens: Sequence[int]) -> Mapping[str, int]:
+        """How many tokens at the front of a prompt each engine has the KV of, by its URL. Engines
+        of which nothing is known are left out."""
 
 
 class Engines:
@@ -46,9 +72,21 @@ class Engines:
         urls: Sequence[str],
         *,
         poll_s: float,
+        policy: str,
+        prefixes: Prefixes,
         metrics: Metrics,
         lost: Callable[[Engine], None],
+        seen: Callable[[Engine], None],
     ) -> None:
+        """
+        Args:
+            policy: one of `routing.POLICIES`.
+            seen: called after every answer of an engine.
+        """
+        self.policy = policy
+        self._prefixes = prefixes
+        self._seen = seen
+        self._placed = 0
         self.all = tuple(Engine(EngineClient(session, url)) for url in urls)
         self._poll_s = poll_s
         self._metrics = metrics
@@ -72,9 +110,12 @@ class Engines:
         """The engines that answer."""
         return [engine for engine in self.all if engine.info is not None]
 
-    def place(self, model: str) -> Engine:
-        """The engine for a new stream: among those that serve the model, the one with the
-        fewest streams.
+    def by_url(self, url: str) -> Engine | None:
+        """The engine at an address, if it is one of these."""
+        return next((engine for engine in self.all if engine.url == url), None)
+
+    def serving(self, model: str) -> list[Engine]:
+        """The engines that answer and serve a model, one or more.
 
         Raises:
             EngineFailed: no engine answers.
@@ -86,7 +127,32 @@ class Engines:
         if not fit:
             served = sorted({e.info.model for e in self.ready if e.info is not None})
             raise ModelNotFound(f"no engine serves {model!r}; served: {served}", param="model")
-        return min(fit, key=lambda engine: engine.streams)
+        return fit
+
+    async def place(
+        self, model: str, tokens: Sequence[int], avoid: set[Engine]
+    ) -> tuple[Engine, Decision]:
+        """The engine for a prompt that begins with these tokens, by the policy.
+
+        Raises:
+            EngineFailed: no engine is left.
+            ModelNotFound
+        """
+        fit = [engine for engine in self.serving(model) if engine not in avoid]
+        if not fit:
+            raise EngineFailed("the engine of this stream died, and there is no other")
+        held: Mapping[str, int] = {}
+        if self.policy == "prefix" and len(fit) > 1:
+            held = await self._prefixes.held(fit, tokens)
+            fit = [engine for engine in fit if engine.info is not None]  # time has passed
+            if not fit:
+                raise EngineFailed("no engine can be reached")
+        candidates = [engine.candidate(held.get(engine.url, 0)) for engine in fit]
+        best, scores = POLICIES[self.policy](candidates, len(tokens), self._placed)
+        engine = fit[candidates.index(best)]
+        self._placed += 1
+        engine.placed_tokens += len(tokens) - held.get(engine.url, 0)
+        return engine, Decision(self.policy, engine.url, len(tokens), scores)
 
     def any(self) -> Engine:
         """The engine with the fewest streams.
@@ -108,14 +174,42 @@ class Engines:
             if before is not None:
                 logger.warning("engine %s is gone: %s", engine.url, e)
         else:
+            engine.placed_tokens = 0
             if before is None:
                 logger.info("engine %s serves %s", engine.url, engine.info.model)
         self._metrics.engine_up.labels(engine.url).set(engine.info is not None)
         same = engine.info is not None and before is not None
         if before is not None and not (same and engine.info.instance_id == before.instance_id):  # type: ignore[union-attr]
             self._lost(engine)
+        self._seen(engine)
 
     async def _watch(self, engine: Engine) -> None:
         while True:
             await asyncio.sleep(self._poll_s)
             await self.check(engine)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlacer:
+    """Finds engines for the streams of one model."""
+
+    engines: Engines
+    model: str
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer that every engine takes; None while none answers."""
+        limits = [e.info.max_model_len for e in self.engines.ready
+                  if e.info is not None and e.info.model == self.model]  # fmt: skip
+        return min(limits, default=None)
+
+    @property
+    def wants_documents(self) -> bool:
+        """Whether the choice depends on the documents, so that it should wait for them."""
+        return self.engines.policy == "prefix" and len(self.engines.ready) > 1
+
+    async def place(
+        self, tokens: Sequence[int], avoid: set[Engine]
+    ) -> tuple[Engine, Decision]:
+        """See `Engines.place`."""
+        return await self.engines.place(self.model, tokens, avoid)

@@ -66,9 +66,14 @@ class Prompt:
         return tokens
 
     @property
+    def open_length(self) -> int:
+        """How many those are."""
+        return len(self.head) + self.context_tokens
+
+    @property
     def length(self) -> int:
         """Tokens of the whole prompt, tail included."""
-        return len(self.head) + self.context_tokens + len(self.tail)
+        return self.open_length + len(self.tail)
 
 
 def difference(held: Sequence[int], wanted: Sequence[int]) -> tuple[int, list[int]]:

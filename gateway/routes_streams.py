@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -16,7 +17,9 @@ from gateway.answers import HEARTBEAT, Chunks, Whole, why_broken
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
 from gateway.errors import BadRequest
+from gateway.holding import on_stream
 from gateway.keys import ENGINES, METRICS, SETTINGS, STREAMS
+from gateway.placement import ModelPlacer
 from gateway.prompt import Document
 from gateway.requests import (
     Chunk,
@@ -29,9 +32,19 @@ from gateway.requests import (
     merged,
     read,
 )
-from gateway.stream import Stream, Taken, Tokenized
+from gateway.record import Taken
+from gateway.settings import Settings
+from gateway.stream import Stream, Tokenized
 
 NDJSON = "application/x-ndjson"
+
+
+def chunk_limit(settings: Settings) -> int:
+    return settings.max_chunk_bytes
+
+
+def body_limit(settings: Settings) -> int:
+    return settings.max_body_bytes
 
 
 async def create(request: web.Request) -> web.StreamResponse:
@@ -39,49 +52,48 @@ async def create(request: web.Request) -> web.StreamResponse:
     if request.content_type == NDJSON:
         return await _one_request(request)
     body = await read_body(request, request.app[SETTINGS].max_body_bytes)
-    return _json(await _describe(await _open(request.app, read(Create, body))), 201)
+    return _json(await _describe(await _open(request.app, read(Create, body), kept=True)), 201)
 
 
-async def chunks(request: web.Request) -> web.Response:
+@on_stream(chunk_limit, repeatable=lambda body: read(ChunkPost, body).seq is not None)
+async def chunks(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Take in chunks of context."""
     started_s = time.monotonic()
-    stream = _stream(request)
-    body = await read_body(request, request.app[SETTINGS].max_chunk_bytes)
     post = read(ChunkPost, body)
-    taken = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
-    response = _json(_acknowledged(stream, taken), 202)
+    seq, taken = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
+    response = _json(_acknowledged(stream, seq, taken), 202)
     took_s = time.monotonic() - started_s
     request.app[METRICS].chunk_seconds.observe(took_s)
     response.headers["Server-Timing"] = f"chunk;dur={1000 * took_s:.3f}"
     return response
 
 
-async def documents(request: web.Request) -> web.Response:
+@on_stream(body_limit)
+async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Put a ranked list in place of the stream's documents."""
-    stream = _stream(request)
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
     ranked = read(RankedList, body)
     tokenized = _known_or_tokenized(request.app, stream, ranked.documents)
-    return _json(_acknowledged(stream, await stream.replace(tokenized, ranked.seq)))
+    seq, taken = await stream.replace(tokenized, ranked.seq)
+    return _json(_acknowledged(stream, seq, taken))
 
 
-async def finish(request: web.Request) -> web.StreamResponse:
+@on_stream(body_limit)
+async def finish(request: web.Request, stream: Stream, body: bytes) -> web.StreamResponse:
     """Close the input and answer."""
-    stream = _stream(request)
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
     options = merged(stream.options, read(Options, body))
     await stream.finish(options)
     return await _answer(request, stream, options)
 
 
-async def status(request: web.Request) -> web.Response:
+@on_stream(body_limit)
+async def status(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Where a stream stands."""
-    return _json(await _describe(_stream(request)))
+    return _json(await _describe(stream))
 
 
-async def cancel(request: web.Request) -> web.Response:
+@on_stream(body_limit)
+async def cancel(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Stop a stream and free its memory."""
-    stream = _stream(request)
     await stream.cancel()
     return _json(await _describe(stream))
 
@@ -96,24 +108,26 @@ routes = [
 ]
 
 
-def _stream(request: web.Request) -> Stream:
-    return request.app[STREAMS].get(request.match_info["id"])
-
-
-async def _open(app: web.Application, body: Create) -> Stream:
+async def _open(app: web.Application, body: Create, *, kept: bool) -> Stream:
     """A stream with the documents it begins with.
+
+    Args:
+        kept: other replicas can go on with it.
 
     Raises:
         BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded
     """
-    engine = app[ENGINES].place(body.model)
+    app[ENGINES].serving(body.model)
     builder = await builder_for(app, body.model)
     prompt = await builder.frame(body.messages)
-    stream = app[STREAMS].create(body.model, prompt, engine, body)
+    placer = ModelPlacer(app[ENGINES], body.model)
+    options = merged(Options(), body)
+    stream = app[STREAMS].create(body.model, prompt, placer, options, kept=kept)
     try:
         stream.check_length(prompt)
         if body.documents:
             stream.take(await _tokenized(app, stream, body.documents)())
+        await stream.begin()
     except BaseException:
         await stream.cancel()
         raise
@@ -163,7 +177,7 @@ async def _one_request(request: web.Request) -> web.StreamResponse:
     try:
         async with aclosing(read_lines(request, limit)) as lines:
             first = must_have(await anext(lines, None), "the body is empty")
-            stream = await _open(request.app, read(Create, first))
+            stream = await _open(request.app, read(Create, first), kept=False)
             async for line in lines:
                 if b'"finish"' in line and (end := _finish_line(line)) is not None:
                     options = merged(stream.options, end)
@@ -242,7 +256,8 @@ async def _describe(stream: Stream) -> dict[str, Any]:
         "model": stream.model,
         "state": stream.state,
         "error": None if stream.error is None else stream.error.to_json()["error"],
-        "engine": stream.engine.url,
+        "engine": None if stream.engine is None else stream.engine.url,
+        "routing": None if stream.line.decision is None else asdict(stream.line.decision),
         "chunks": len(stream.prompt.documents),
         "tokens": {
             "prompt": stream.prompt.length,
@@ -253,8 +268,8 @@ async def _describe(stream: Stream) -> dict[str, Any]:
     }
 
 
-def _acknowledged(stream: Stream, taken: Taken) -> dict[str, Any]:
-    return {"id": stream.id, **msgspec.structs.asdict(taken)}
+def _acknowledged(stream: Stream, seq: int, taken: Taken) -> dict[str, Any]:
+    return {"id": stream.id, "seq": seq, **msgspec.structs.asdict(taken)}
 
 
 def _json(body: dict[str, Any], status: int = 200) -> web.Response:

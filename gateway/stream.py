@@ -1,13 +1,14 @@
-"""One stream: its states, its prompt, and the single line of operations to its engine.
+"""One stream: its states, its prompt, and how it gets to an engine.
 
     open --finish--> finishing --last token--> done
       |                  |
-      +------------------+--> failed (engine lost), cancelled (client), expired (silence)
+      +------------------+--> failed (no engine), cancelled (client), expired (silence),
+                              moved (to another replica)
 
 Chunks and ranked lists change the prompt at once; a task of the stream's own (the pump)
-brings the engine to it. At most one operation is under way, and what arrives meanwhile goes
-into the next one. `finish` does not wait for an operation under way: the engine applies them
-in order.
+brings the engine to it over the stream's `Line`: at most one operation is under way, and what
+arrives meanwhile goes into the next one. Before a post is acknowledged the index has it, so that
+another replica can go on with the stream.
 """
 
 from __future__ import annotations
@@ -15,20 +16,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from typing import Literal
 
-import msgspec
-
-from engine_adapter.errors import EngineError, EngineUnavailable, UnknownPrompt, VersionConflict
+from engine_adapter.errors import EngineError, UnknownPrompt
 from engine_adapter.messages import (
     DoneEvent,
     ErrorEvent,
     Event,
-    Extend,
-    Finish,
-    Open,
     Progress,
     Sampling,
     TokenEvent,
@@ -41,41 +37,22 @@ from gateway.errors import (
     SequenceGap,
     from_engine,
 )
+from gateway.keeper import Keeper, Moved
 from gateway.known import KnownDocuments
+from gateway.line import Line, Placer, abort
 from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
+from gateway.record import About, ChunksTaken, Kept, Ledger, ListTaken, Taken, pack
 from gateway.requests import Options
 from gateway.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
-State = Literal["open", "finishing", "done", "failed", "cancelled", "expired"]
+State = Literal["open", "finishing", "done", "failed", "cancelled", "expired", "moved"]
 
-MAX_ATTEMPTS = 3
-"""How often the end of a prompt is sent when the engine has lost it or is behind."""
+ALIVE = ("open", "finishing")
+"""The states that have not ended."""
 
-
-class ChunksTaken(msgspec.Struct, frozen=True):
-    """Acknowledges a post of chunks."""
-
-    seq: int
-    tokens: int
-    tokens_received: int
-    """Tokens of all documents in the prompt."""
-
-
-class ListTaken(msgspec.Struct, frozen=True):
-    """Acknowledges a ranked list. Counts are tokens of the prompt up to its tail."""
-
-    seq: int
-    tokens_received: int
-    kept: int
-    """The longest common beginning of the prompt before and after."""
-    invalidated: int
-    added: int
-
-
-Taken = ChunksTaken | ListTaken
 Tokenized = Callable[[], Awaitable[list[Document]]]
 
 
@@ -87,45 +64,67 @@ class Stream:
         stream_id: str,
         model: str,
         prompt: Prompt,
-        engine: Engine,
         *,
         options: Options,
         lease_s: float,
+        placer: Placer,
+        keeper: Keeper | None,
         metrics: Metrics,
         ended: Callable[[Stream], None],
     ) -> None:
+        """
+        Args:
+            keeper: None for a stream that nobody can go on with elsewhere.
+        """
         self.id = stream_id
         self.model = model
-        self.engine = engine
         self.prompt = prompt
         self.state: State = "open"
         self.error: GatewayError | None = None
         self.created_s = time.time()
-        self.touched_s = time.monotonic()
-        self.engine_touched_s = time.monotonic()
+        self.touched_s = self.renewed_s = time.monotonic()
         self.known = KnownDocuments()
-        self.progress: Progress | None = None
         self.options = options
+        self.line = Line(
+            stream_id, placer, lease_s=lease_s, contested=self.keep, metrics=metrics
+        )
+        self.ledger = Ledger()
+        self.served_by: Engine | None = None
+        """The last engine it had, once it has ended."""
         self._answer_tokens = options.answer_tokens or 1
-        self._lease_s = lease_s
+        self._placer = placer
+        self._keeper = keeper
         self._metrics = metrics
         self._ended = ended
         self._taken: list[Taken] = []  # the answer to each post, by its seq
+        self._rewrites = 0
         self._taking = asyncio.Lock()
-        self._prompt_id = stream_id
-        self._generation = 0
-        self._sent: list[int] | None = None  # tokens of the newest operation; None: not open
-        self._sent_version = -1
         self._changed = asyncio.Event()
         self._changed.set()  # the head is there to be read
-        self._pump_task = asyncio.create_task(self._pump())
+        self._pump_task: asyncio.Task[None] | None = None
         self._answer_task: asyncio.Task[None] | None = None
+        self._last_words: list[asyncio.Task[None]] = []
+        self._finishing: tuple[Sampling, float] | None = None  # and when, monotonic
+        self._begun = False  # the answer has an event
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        engine.streams += 1
+
+    @property
+    def engine(self) -> Engine | None:
+        """Where its prompt is, or was."""
+        return self.line.engine or self.served_by
+
+    async def begin(self) -> None:
+        """Make the stream known to the other replicas and begin to read.
+
+        Raises:
+            Moved
+        """
+        self._start()
+        await self.keep()
 
     # What clients do.
 
-    async def add(self, documents: Tokenized, seq: int | None) -> Taken:
+    async def add(self, documents: Tokenized, seq: int | None) -> tuple[int, Taken]:
         """Take in one post of chunks.
 
         Args:
@@ -133,20 +132,20 @@ class Stream:
             seq: its number, or None for the next.
 
         Returns:
-            Its acknowledgement; a repeated number gives the first one.
+            Its number and its acknowledgement; a repeated number gives the first one.
 
         Raises:
             InputClosed, SequenceGap, ContextTooLong, EngineFailed
+            Moved: another replica holds the stream; this post is not taken.
         """
 
-        def take(number: int, new: list[Document]) -> Taken:
+        def take(new: list[Document]) -> Taken:
             self.take(new)
-            tokens = sum(len(d.tokens) for d in new)
-            return ChunksTaken(number, tokens, self.prompt.context_tokens)
+            return ChunksTaken(sum(len(d.tokens) for d in new), self.prompt.context_tokens)
 
         return await self._in_turn(documents, seq, take)
 
-    async def replace(self, documents: Tokenized, seq: int | None) -> Taken:
+    async def replace(self, documents: Tokenized, seq: int | None) -> tuple[int, Taken]:
         """Put a ranked list in place of all documents; numbers and errors as of `add`.
 
         Args:
@@ -159,13 +158,14 @@ class Stream:
         self,
         documents: Tokenized,
         seq: int | None,
-        take: Callable[[int, list[Document]], Taken],
-    ) -> Taken:
-        """One post after the other: check its number, tokenize, change the prompt."""
+        take: Callable[[list[Document]], Taken],
+    ) -> tuple[int, Taken]:
+        """One post after the other: check its number, tokenize, change the prompt, write down."""
         async with self._taking:
             expected = len(self._taken)
             if seq is not None and 0 <= seq < expected:
-                return self._taken[seq]
+                await self.keep()  # its first try may have been cut off while it was written
+                return seq, self._taken[seq]
             self._must_be_open()
             if seq is not None and seq != expected:
                 raise SequenceGap(
@@ -174,9 +174,10 @@ class Stream:
             self.touched_s = time.monotonic()
             new = await documents()
             self._must_be_open()
-            taken = take(expected, new)
+            taken = take(new)
             self._taken.append(taken)
-            return taken
+            await self.keep()
+            return expected, taken
 
     def take(self, new: Sequence[Document]) -> None:
         """Put documents behind those in the prompt, without a number.
@@ -192,29 +193,29 @@ class Stream:
         self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
         self._changed.set()
 
-    def _replace(self, number: int, documents: list[Document]) -> Taken:
+    def _replace(self, documents: list[Document]) -> Taken:
         prompt = self.prompt.with_only(documents)
         self.check_length(prompt, param="documents")
         before = self.prompt.open_tokens
         kept, added = difference(before, prompt.open_tokens)
         invalidated = len(before) - kept
         self.prompt = prompt
+        self.line.rewritten(kept)
+        self._rewrites += 1
         self.known.replace(documents)
         self._metrics.lists.inc()
         self._metrics.context_tokens.inc(len(added))
         self._metrics.invalidated_tokens.inc(invalidated)
         self._changed.set()
-        return ListTaken(number, prompt.context_tokens, kept, invalidated, len(added))
+        return ListTaken(prompt.context_tokens, kept, invalidated, len(added))
 
     def check_length(
         self, prompt: Prompt, answer_tokens: int | None = None, *, param: str = "text"
     ) -> None:
         """Raise ContextTooLong if a prompt does not leave room for the answer."""
-        if self.engine.info is None:
-            return
-        limit = self.engine.info.max_model_len
+        limit = self._placer.max_model_len
         reserved = answer_tokens or self._answer_tokens
-        if prompt.length + reserved > limit:
+        if limit is not None and prompt.length + reserved > limit:
             raise ContextTooLong(
                 f"the prompt would have {prompt.length} tokens and the answer up to {reserved}, "
                 f"but the model takes {limit}",
@@ -226,14 +227,16 @@ class Stream:
 
         Raises:
             InputClosed, ContextTooLong, EngineFailed
+            Moved: another replica holds the stream.
         """
         async with self._taking:  # chunks that are being tokenized belong to the input
             self._must_be_open()
             self.check_length(self.prompt, options.answer_tokens)
             self.state = "finishing"
             self.touched_s = time.monotonic()
-            answer = self._answer(options.sampling(), time.monotonic())
-            self._answer_task = asyncio.create_task(answer)
+            self._finishing = options.sampling(), time.monotonic()
+            self._start()  # nobody waits for the index
+            await self.keep()
 
     async def next_event(self, timeout_s: float) -> Event | None:
         """The next event of the answer, or None if none comes in time.
@@ -249,49 +252,130 @@ class Stream:
 
     async def status(self) -> Progress | None:
         """What the engine says of the prompt now, or said last."""
-        if self.state == "open" and self._sent_version >= 0:
+        if self.state == "open" and self.line.is_open:
             with suppress(EngineError):
-                self._note(await self.engine.client.status(self._prompt_id))
-        return self.progress
+                await self.line.look()
+        return self.line.progress
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens taken in that no operation has carried to the engine yet."""
-        return len(difference(self._sent or [], self.prompt.open_tokens)[1])
+        """Tokens taken in that no operation has carried to an engine yet."""
+        alive = self.state in ALIVE
+        return self.line.ahead(self.prompt.open_tokens) if alive else 0
 
     def _must_be_open(self) -> None:
         if self.state == "failed":
             raise self.error or EngineFailed("the stream failed")
+        if self.state == "moved":
+            raise Moved
         if self.state != "open":
             raise InputClosed(f"the stream is {self.state}")
+
+    # What other replicas know of it.
+
+    async def keep(self, *, renew: bool = False) -> None:
+        """Bring its record to what it is now.
+
+        Args:
+            renew: its lease too, when there is nothing new.
+
+        Raises:
+            Moved: it has been taken over; this replica forgets it.
+        """
+        if self._keeper is None:
+            return
+        try:
+            await self._keeper.keep(self.id, self.ledger, self._kept, renew=renew)
+        except Moved:
+            self.let_go()
+            raise
+
+    async def keep_alive(self) -> None:
+        """Renew its lease at the engine and in the index."""
+        self.renewed_s = time.monotonic()
+        with suppress(Moved):
+            await self.keep(renew=True)
+        if self.state == "open" and self.line.is_open:
+            try:
+                await self.line.look()
+            except UnknownPrompt:
+                self._changed.set()
+            except EngineError as e:
+                logger.debug("stream %s: no lease renewal: %s", self.id, e)
+
+    async def _keep_ended(self) -> None:
+        with suppress(Moved):
+            await self.keep()
+
+    async def keep_again(self) -> None:
+        """Write the whole record: the index may have lost it."""
+        self.ledger.written = None
+        with suppress(Moved):
+            await self.keep()
+
+    def _kept(self) -> Kept:
+        ended = self.state not in ALIVE
+        about = About(
+            model=self.model,
+            prompt_id=self.line.prompt_id,
+            created_s=self.created_s,
+            head_tokens=len(self.prompt.head),
+            question=pack(self.prompt.tail),
+            options=self.options,
+        )
+        engine = self.engine
+        return Kept(
+            engine="" if engine is None else engine.url,
+            state=self.state,
+            about=about,
+            prompt=Prompt((), ()) if ended else self.prompt,
+            taken=tuple(self._taken),
+            # An engine may drop a closed prompt with its answer: then the record needs it all.
+            confirmed=self.line.confirmed if self.state == "open" else 0,
+            rewrites=self._rewrites + ended,
+        )
+
+    def resume(self, taken: Sequence[Taken], created_s: float, ledger: Ledger) -> None:
+        """Be the stream that another replica held."""
+        self._taken, self.created_s, self.ledger = list(taken), created_s, ledger
+        self.known.add(self.prompt.documents)
 
     # How it ends.
 
     def fail(self, error: GatewayError) -> None:
-        """Its engine is lost. Whoever waits for the answer gets an error event."""
-        if self.state in ("open", "finishing"):
+        """No engine goes on with it. Whoever waits for the answer gets an error event."""
+        if self.state in ALIVE:
             self.error = error
             self._end("failed")
             self._events.put_nowait(
                 ErrorEvent(error={"message": error.message, "code": error.code})
             )
 
+    def let_go(self) -> None:
+        """Another replica holds it now: leave it alone, also at the engine."""
+        if self.state in ALIVE:
+            logger.warning("stream %s is held by another replica now", self.id)
+            self._end("moved")
+            error = {"message": "another replica holds the stream", "code": "engine_unavailable"}
+            self._events.put_nowait(ErrorEvent(error=error))
+
     async def cancel(self, state: State = "cancelled") -> None:
         """Stop everything and free the engine's memory. No error if it has ended."""
-        if self.state not in ("open", "finishing"):
+        if self.state not in ALIVE:
             return
+        engine, prompt_id = self.line.engine, self.line.prompt_id
         self._end(state)
-        tasks = [task for task in (self._pump_task, self._answer_task) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        with suppress(EngineError):
-            await self.engine.client.abort(self._prompt_id)
+        await self._ended_tasks()
+        await abort(engine, prompt_id)
 
     async def close(self) -> None:
         """Cancel, and wait for the tasks, however it ended."""
         await self.cancel()
-        tasks = [task for task in (self._pump_task, self._answer_task) if task is not None]
+        await self._ended_tasks()
+        await asyncio.gather(*self._last_words, return_exceptions=True)
+
+    async def _ended_tasks(self) -> None:
+        tasks = [t for t in (self._pump_task, self._answer_task) if t is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -300,110 +384,78 @@ class Stream:
         self.state = state
         self.known.clear()
         self.touched_s = time.monotonic()
-        self.engine.streams -= 1
+        self.served_by = self.line.engine
+        self.line.disconnect()
         self._metrics.streams.labels(state).inc()
         current = asyncio.current_task()
         for task in (self._pump_task, self._answer_task):
             if task is not None and task is not current:
                 task.cancel()
+        if self._keeper is not None and state != "moved":
+            self._last_words.append(asyncio.create_task(self._keep_ended()))
         self._ended(self)
 
-    # The line of operations.
+    # How the engine gets to it.
+
+    def engine_lost(self) -> None:
+        """Its engine is gone, with all that it had of the prompt: begin again on another."""
+        if self.state == "finishing" and self._begun:
+            self.fail(EngineFailed("the engine of this stream died"))
+        elif self.state in ALIVE:
+            for task in (self._pump_task, self._answer_task):
+                if task is not None:
+                    task.cancel()
+            self.line.disconnect()
+            self._start()
+
+    def _start(self) -> None:
+        """Read, or answer."""
+        if self.state == "open":
+            self._changed.set()
+            self._pump_task = asyncio.create_task(self._pump())
+        else:
+            self._answer_task = asyncio.create_task(self._answer())
 
     async def _pump(self) -> None:
         """Bring the engine to the prompt, again and again, until the input is closed."""
         while self.state == "open":
             await self._changed.wait()
             self._changed.clear()
-            try:
-                if self.state == "open":
-                    await self._send(self.prompt.open_tokens)
-            except UnknownPrompt:
-                self._forget_prompt()
-                self._changed.set()
-            except EngineUnavailable as e:
-                self.fail(from_engine(e))
-            except EngineError as e:
-                logger.error("stream %s: engine refused an operation: %s", self.id, e)
-                await self._refused(e)
+            if self.state != "open" or self._too_early():
+                continue
+            with self._failing():
+                await self.line.bring(self.prompt.open_tokens)
 
-    async def _send(self, wanted: list[int]) -> None:
-        """One operation that makes the engine's prompt these tokens."""
-        client = self.engine.client
-        if self._sent is None:
-            self._sent, self._sent_version = wanted, 0
-            self._metrics.operations.labels("open").inc()
-            op = Open(tokens=wanted, lease_s=self._lease_s)
-            self._note(await client.open(self._prompt_id, op))
-            return
-        keep, tokens = difference(self._sent, wanted)
-        if keep == len(self._sent) and not tokens:
-            return
-        self._sent, self._sent_version = wanted, self._sent_version + 1
-        self._metrics.operations.labels("extend").inc()
-        extend = Extend(version=self._sent_version, keep=keep, tokens=tokens)
-        self._note(await client.extend(self._prompt_id, extend))
+    def _too_early(self) -> bool:
+        """Whether the choice of an engine has to wait for what comes in."""
+        unplaced = self.line.engine is None and not self.prompt.documents
+        return unplaced and self._placer.wants_documents
 
-    def _note(self, progress: Progress) -> None:
-        self.progress = progress
-        self.engine_touched_s = time.monotonic()
-
-    def _forget_prompt(self) -> None:
-        """The engine does not know the prompt any more: begin again under a new id."""
-        self._generation += 1
-        self._prompt_id = f"{self.id}-{self._generation}"
-        self._sent, self._sent_version = None, -1
-
-    async def _answer(self, sampling: Sampling, finished_s: float) -> None:
+    async def _answer(self) -> None:
         """Close the prompt at the engine and pass its events on."""
-        try:
-            for attempt in range(MAX_ATTEMPTS):
-                try:
-                    await self._finish_once(sampling, finished_s)
-                    return
-                except (UnknownPrompt, VersionConflict) as e:
-                    if attempt == MAX_ATTEMPTS - 1:
-                        raise
-                    await self._catch_up(e)
-        except EngineError as e:
-            await self._refused(e)
-
-    async def _refused(self, error: EngineError) -> None:
-        """Fail, and do not leave what the engine holds to its lease."""
-        self.fail(from_engine(error))
-        if not isinstance(error, EngineUnavailable):
-            with suppress(EngineError):
-                await self.engine.client.abort(self._prompt_id)
-
-    async def _catch_up(self, refusal: EngineError) -> None:
-        """The engine was not where it should be. Either the closing operation overtook one
-        under way: then that one is awaited. Or the engine has lost the prompt."""
-        if not self._pump_task.done():
-            await asyncio.wait([self._pump_task])
-            return
-        logger.info("stream %s is opened again: %s", self.id, refusal)
-        self._forget_prompt()
-        await self._send(self.prompt.open_tokens)
-
-    async def _finish_once(self, sampling: Sampling, finished_s: float) -> None:
-        if self._sent is None:
-            await self._send(self.prompt.open_tokens)
+        assert self._finishing is not None
+        sampling, finished_s = self._finishing
         self._changed.set()  # a pump that waits for input sees that there is no more
-        wanted = self.prompt.open_tokens + list(self.prompt.tail)
-        keep, tokens = difference(self._sent or [], wanted)
-        version = self._sent_version + 1
-        op = Finish(version=version, keep=keep, tokens=tokens, sampling=sampling)
-        self._metrics.operations.labels("finish").inc()
-        async with self.engine.client.finish(self._prompt_id, op) as events:
-            waiting = True
-            async for event in events:
-                if waiting and isinstance(event, TokenEvent):
-                    self._metrics.ttft.observe(time.monotonic() - finished_s)
-                    waiting = False
-                self._pass_on(event)
-                if isinstance(event, DoneEvent | ErrorEvent):
-                    return
-        raise EngineUnavailable("the engine ended the answer without completing it")
+        answer = self.line.answer(self.prompt.open_tokens, self.prompt.tail, sampling)
+        with self._failing():
+            async with aclosing(answer) as events:
+                async for event in events:
+                    if not self._begun and isinstance(event, TokenEvent):
+                        self._metrics.ttft.observe(time.monotonic() - finished_s)
+                    self._begun = True
+                    self._pass_on(event)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What no engine could mend ends the stream, and leaves nothing behind at the engine."""
+        try:
+            yield
+        except Moved:
+            self.let_go()
+        except (EngineError, GatewayError) as e:
+            engine, prompt_id = self.line.engine, self.line.prompt_id
+            self.fail(from_engine(e) if isinstance(e, EngineError) else e)
+            self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
 
     def _pass_on(self, event: Event) -> None:
         match event:
@@ -418,14 +470,3 @@ class Stream:
             case TokenEvent():
                 self.touched_s = time.monotonic()
         self._events.put_nowait(event)
-
-    async def renew_lease(self) -> None:
-        """Tell the engine that somebody still cares."""
-        try:
-            self._note(await self.engine.client.status(self._prompt_id))
-        except UnknownPrompt:
-            if self.state == "open":
-                self._forget_prompt()
-                self._changed.set()
-        except EngineError as e:
-            logger.debug("stream %s: no lease renewal: %s", self.id, e)

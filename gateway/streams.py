@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator
 
-from gateway.errors import EngineFailed, Overloaded, StreamNotFound
+from gateway.errors import Overloaded
+from gateway.keeper import Keeper
+from gateway.line import Placer
 from gateway.placement import Engine
 from gateway.prompt import Prompt
+from gateway.record import Found, Ledger
 from gateway.requests import Options
 from gateway.settings import Settings
-from gateway.stream import Stream
+from gateway.stream import ALIVE, Stream
 from gateway.telemetry import Metrics
 
 SWEEP_S = 0.5
-ENDED = ("done", "failed", "cancelled", "expired")
+AT_ONCE = 64
+"""Records that are written side by side."""
 
 
 class Streams:
     """The streams by id, and the task that looks after the silent ones."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, keeper: Keeper, metrics: Metrics) -> None:
         self._settings = settings
+        self._keeper = keeper
         self._metrics = metrics
         self._streams: dict[str, Stream] = {}
         self._alive = 0
@@ -40,51 +44,78 @@ class Streams:
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await asyncio.gather(*(stream.close() for stream in self._streams.values()))
 
-    def create(self, model: str, prompt: Prompt, engine: Engine, options: Options) -> Stream:
-        """A new stream on an engine.
+    def create(
+        self, model: str, prompt: Prompt, placer: Placer, options: Options, *, kept: bool
+    ) -> Stream:
+        """A new stream, not begun yet.
+
+        Args:
+            kept: other replicas can go on with it.
 
         Raises:
             Overloaded
         """
         if self._alive >= self._settings.max_streams:
             raise Overloaded(f"{self._alive} streams are open")
+        stream_id = f"st-{uuid.uuid4().hex}"
+        return self._add(stream_id, model, prompt, placer, options, kept=kept)
+
+    def adopt(
+        self, stream_id: str, found: Found, prompt: Prompt, placer: Placer, ledger: Ledger
+    ) -> Stream:
+        """A stream that another replica held, not begun yet."""
+        about = found.about
+        stream = self._add(stream_id, about.model, prompt, placer, about.options, kept=True)
+        stream.resume(found.taken, about.created_s, ledger)
+        return stream
+
+    def _add(
+        self,
+        stream_id: str,
+        model: str,
+        prompt: Prompt,
+        placer: Placer,
+        options: Options,
+        *,
+        kept: bool,
+    ) -> Stream:
         stream = Stream(
-            f"st-{uuid.uuid4().hex}",
+            stream_id,
             model,
             prompt,
-            engine,
             options=options,
             lease_s=self._settings.lease_s,
+            placer=placer,
+            keeper=self._keeper if kept else None,
             metrics=self._metrics,
             ended=self._ended,
         )
-        self._streams[stream.id] = stream
+        self._streams[stream_id] = stream
         self._alive += 1
         self._metrics.open_streams.set(self._alive)
         return stream
 
-    def get(self, stream_id: str) -> Stream:
-        """The stream of an id.
-
-        Raises:
-            StreamNotFound
-        """
-        try:
-            return self._streams[stream_id]
-        except KeyError:
-            raise StreamNotFound(f"no stream {stream_id!r}") from None
+    def find(self, stream_id: str) -> Stream | None:
+        """The stream of an id, if this replica holds it."""
+        return self._streams.get(stream_id)
 
     def engine_lost(self, engine: Engine) -> None:
-        """Fail the streams of an engine that is gone."""
-        for stream in self._of(engine):
-            stream.fail(EngineFailed("the engine of this stream died"))
+        """Streams of an engine that is gone go on elsewhere, or fail."""
+        for stream in list(self._streams.values()):
+            if stream.line.engine is engine:
+                stream.engine_lost()
 
-    def _of(self, engine: Engine) -> Iterator[Stream]:
-        yield from [s for s in self._streams.values() if s.engine is engine]
+    async def keep_again(self) -> None:
+        """Write every record anew."""
+        streams = list(self._streams.values())
+        for some in (streams[i : i + AT_ONCE] for i in range(0, len(streams), AT_ONCE)):
+            await asyncio.gather(*(stream.keep_again() for stream in some))
 
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
         self._metrics.open_streams.set(self._alive)
+        if stream.state == "moved":
+            del self._streams[stream.id]
 
     async def _sweep(self) -> None:
         while True:
@@ -96,14 +127,11 @@ class Streams:
         work: list[asyncio.Future[None] | asyncio.Task[None]] = []
         for stream in list(self._streams.values()):
             silent_s = now_s - stream.touched_s
-            if stream.state in ENDED:
+            if stream.state not in ALIVE:
                 if silent_s > self._settings.keep_finished_s:
                     del self._streams[stream.id]
             elif stream.state == "open" and silent_s > self._settings.idle_timeout_s:
                 work.append(asyncio.create_task(stream.cancel("expired")))
-            elif (
-                stream.state == "open"
-                and now_s - stream.engine_touched_s > self._settings.lease_s / 3
-            ):
-                work.append(asyncio.create_task(stream.renew_lease()))
+            elif now_s - stream.renewed_s > self._settings.lease_s / 3:
+                work.append(asyncio.create_task(stream.keep_alive()))
         return work

@@ -73,6 +73,31 @@ class Metrics:
             "stream2llm_engine_up", "1 if an engine answers", ["engine"], registry=self.registry
         )
 
+        self.index_up = Gauge(
+            "stream2llm_index_up", "1 if the index answers in time", registry=self.registry
+        )
+        self.index_seconds = Histogram(
+            "stream2llm_index_seconds",
+            "Waiting for the index, each call",
+            buckets=CHUNK_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.unkept = Counter(
+            "stream2llm_unkept_writes_total",
+            "Changes of streams that no other replica knew when they were acknowledged",
+            registry=self.registry,
+        )
+        self.forwarded = Counter(
+            "stream2llm_forwarded_requests_total",
+            "Requests passed on to the replica that holds the stream",
+            registry=self.registry,
+        )
+        self.taken_over = Counter(
+            "stream2llm_streams_taken_over_total",
+            "Streams whose holder was gone",
+            registry=self.registry,
+        )
+
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)

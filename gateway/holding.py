@@ -1,0 +1,207 @@
+"""Requests for a stream, wherever it is held: here, at another replica, or at one that is gone.
+
+    here                     the handler answers
+    another replica, alive   the request is sent on, and its answer back
+    another replica, gone    this replica takes the stream over, and the handler answers
+
+A replica is gone if it can't be connected to, or if it has not renewed its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+import aiohttp
+from aiohttp import web
+
+from cache_index.index import StreamRecord
+from engine_adapter.errors import EngineError, UnknownPrompt
+from engine_adapter.messages import PromptTokens
+from gateway import record as records
+from gateway.bodies import read_body
+from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
+from gateway.keeper import Keeper, Moved
+from gateway.keys import ENGINES, KEEPER, METRICS, SESSION, SETTINGS, STREAMS, TAKING_OVER
+from gateway.line import abort
+from gateway.placement import Engine, ModelPlacer
+from gateway.record import Ledger
+from gateway.relay import end_to_end, relay
+from gateway.settings import Settings
+from gateway.stream import ALIVE, Stream
+
+logger = logging.getLogger(__name__)
+
+FORWARDED = "X-Stream2llm-Forwarded"
+"""On a request that another replica sent on: it is not sent on again."""
+MAX_ATTEMPTS = 5
+WATCH_S = 0.5
+"""How often a replica that does not answer is looked up."""
+
+Handler = Callable[[web.Request, Stream, bytes], Awaitable[web.StreamResponse]]
+Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class HolderGone(Exception):
+    """The replica that holds a stream does not answer."""
+
+    def __init__(self, *, heard: bool) -> None:
+        """
+        Args:
+            heard: it may have acted on the request.
+        """
+        super().__init__("the holder is gone")
+        self.heard = heard
+
+
+def on_stream(
+    limit: Callable[[Settings], int], *, repeatable: Callable[[bytes], bool] = lambda body: True
+) -> Callable[[Handler], Route]:
+    """A handler of requests for one stream, called where the stream is.
+
+    Args:
+        limit: the largest body, in bytes.
+        repeatable: whether a request with this body does no harm when it is carried out twice.
+    """
+
+    def decorate(handler: Handler) -> Route:
+        async def route(request: web.Request) -> web.StreamResponse:
+            body = await read_body(request, limit(request.app[SETTINGS]))
+            for _ in range(MAX_ATTEMPTS):
+                with suppress(Moved):
+                    found = await _find(request)
+                    if isinstance(found, Stream):
+                        return await handler(request, found, body)
+                    try:
+                        return await _send_on(request, body, found.holder)
+                    except HolderGone as gone:
+                        if gone.heard and not repeatable(body):
+                            raise EngineFailed("the replica that held the stream died") from gone
+                        await _take_over(request.app, request.match_info["id"], found)
+            raise IndexAway("the stream moves between replicas")
+
+        return route
+
+    return decorate
+
+
+async def _find(request: web.Request) -> Stream | StreamRecord:
+    """The stream, if it is held here; otherwise its record.
+
+    Raises:
+        StreamNotFound, IndexAway, NotHeld
+        Moved: look again.
+    """
+    app, stream_id = request.app, request.match_info["id"]
+    stream = app[STREAMS].find(stream_id)
+    if stream is not None:
+        return stream
+    record = await app[KEEPER].find(stream_id)
+    if record is None:
+        raise StreamNotFound(f"no stream {stream_id!r}")
+    if record.holder == app[KEEPER].replica:  # before it was started anew
+        await _take_over(app, stream_id, record)
+        raise Moved
+    if FORWARDED in request.headers:
+        raise NotHeld(f"{stream_id!r} is held by another replica")
+    return record
+
+
+# Sending on.
+
+
+async def _send_on(request: web.Request, body: bytes, holder: str) -> web.StreamResponse:
+    """Have the holder answer.
+
+    Raises:
+        HolderGone
+        Moved: it does not hold the stream any more.
+    """
+    app = request.app
+    app[METRICS].forwarded.inc()
+    sent = app[SESSION].request(
+        request.method,
+        holder + request.path_qs,
+        data=body or None,
+        headers=end_to_end(request.headers) | {FORWARDED: app[KEEPER].replica},
+        timeout=aiohttp.ClientTimeout(total=None, connect=2.0),
+        allow_redirects=False,
+    )
+    try:
+        answer = await _watched(asyncio.ensure_future(sent), app[KEEPER], holder)
+    except aiohttp.ClientConnectorError as e:
+        raise HolderGone(heard=False) from e
+    except (aiohttp.ClientError, TimeoutError) as e:
+        raise HolderGone(heard=True) from e
+    async with answer:
+        if answer.status == NotHeld.status:
+            raise Moved
+        return await relay(request, answer)
+
+
+async def _watched(
+    sending: asyncio.Future[aiohttp.ClientResponse], keeper: Keeper, holder: str
+) -> aiohttp.ClientResponse:
+    """The holder's answer; or HolderGone, when its lease has run out before it answers."""
+    try:
+        while True:
+            await asyncio.wait([sending], timeout=WATCH_S)
+            if sending.done():
+                return sending.result()
+            if not await keeper.alive(holder):
+                raise HolderGone(heard=True)
+    finally:
+        sending.cancel()
+
+
+# Taking over.
+
+
+async def _take_over(app: web.Application, stream_id: str, record: StreamRecord) -> None:
+    """Hold a stream from now on. Of several requests that come to this, one does it.
+
+    Raises:
+        Moved: another replica was quicker.
+        EngineFailed: nobody has the whole prompt any more.
+        StreamNotFound: it had ended.
+    """
+    under_way = app[TAKING_OVER]
+    if stream_id not in under_way:
+        task = asyncio.create_task(_taken_over(app, stream_id, record))
+        under_way[stream_id] = task
+        task.add_done_callback(lambda _: under_way.pop(stream_id))
+    await asyncio.shield(under_way[stream_id])
+
+
+async def _taken_over(app: web.Application, stream_id: str, record: StreamRecord) -> None:
+    if record.state not in ALIVE:
+        raise StreamNotFound(f"no stream {stream_id!r}")
+    record = await app[KEEPER].claim(stream_id, record.epoch)
+    logger.warning("stream %s is taken over", stream_id)
+    app[METRICS].taken_over.inc()
+    found = records.read(record)
+    engine = app[ENGINES].by_url(record.engine)
+    has = await _what_is_there(engine, found.about.prompt_id)
+    prompt = found.prompt([] if has is None else has.tokens)
+    placer = ModelPlacer(app[ENGINES], found.about.model)
+    ledger = Ledger(record.epoch, record.version)
+    stream = app[STREAMS].adopt(stream_id, found, prompt, placer, ledger)
+    if has is None or engine is None or has.finished:
+        await abort(engine, found.about.prompt_id)
+    else:
+        stream.line.connect(engine)
+        stream.line.resume(found.about.prompt_id, has.version, has.tokens, found.confirmed)
+    await stream.begin()
+
+
+async def _what_is_there(engine: Engine | None, prompt_id: str) -> PromptTokens | None:
+    """What an engine has of a prompt."""
+    if engine is None:
+        return None
+    try:
+        return await engine.client.tokens(prompt_id)
+    except UnknownPrompt:
+        return None
+    except EngineError as e:
+        raise from_engine(e) from e

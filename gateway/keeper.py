@@ -1,0 +1,218 @@
+"""Keeps the streams of this replica in the index, as far as the index can be reached.
+
+A stream does not fail because the index does: after a call that failed or took too long the index
+counts as away, and nobody waits for it again until it has answered a heartbeat. Then every stream
+is written anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Protocol, TypeVar
+
+from cache_index.index import IndexUnavailable, ReplicaIndex, Stale, StreamIndex, StreamRecord
+from gateway.errors import IndexAway
+from gateway.record import Kept, Ledger
+from gateway.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+BEAT_LEASE_S = 4.0
+"""A replica that is silent for so long has lost its streams to whoever is asked for them."""
+RETRY_S = 0.25
+"""Between heartbeats while the index is away."""
+RECOVERY_S = 5.0
+"""After the index was away it may not yet have the streams that other replicas hold."""
+
+T = TypeVar("T")
+
+
+class Moved(Exception):
+    """Another replica holds the stream now."""
+
+
+class Index(StreamIndex, ReplicaIndex, Protocol):
+    """What the keeper needs of an index."""
+
+
+class Keeper:
+    """Writes and finds records. `returned` is called when the index has lost or missed some."""
+
+    def __init__(
+        self,
+        index: Index,
+        replica: str,
+        *,
+        timeout_s: float,
+        lease_s: float,
+        metrics: Metrics,
+        returned: Callable[[], Awaitable[None]],
+    ) -> None:
+        """
+        Args:
+            replica: URL under which other replicas reach this one.
+            timeout_s: longest wait for the index.
+            lease_s: how long a record stays without a write.
+        """
+        self.replica = replica
+        self._index = index
+        self._timeout_s = timeout_s
+        self._lease_s = lease_s
+        self._metrics = metrics
+        self._returned = returned
+        self._away = False
+        self._recovered_s = -float("inf")
+        self._beating: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to tell the other replicas that this one is alive."""
+        await self._beat()
+        self._beating = asyncio.create_task(self._beat_on())
+
+    async def stop(self) -> None:
+        """End what `start` has begun."""
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+
+    # This replica's streams.
+
+    async def keep(
+        self, stream_id: str, ledger: Ledger, now: Callable[[], Kept], *, renew: bool
+    ) -> None:
+        """Bring a stream's record to what `now` says. An index that is away is no error.
+
+        Args:
+            renew: write also when there is nothing new.
+
+        Raises:
+            Moved
+        """
+        async with ledger.lock:
+            wanted = now()
+            if wanted == ledger.written and not renew:
+                return
+            try:
+                await self._write(stream_id, ledger, wanted)
+            except IndexUnavailable:
+                ledger.version += 1  # nobody knows whether it was written
+                ledger.written = None
+                self._metrics.unkept.inc()
+
+    async def _write(self, stream_id: str, ledger: Ledger, now: Kept) -> None:
+        if ledger.written is not None:
+            change = ledger.change(now)
+            try:
+                epoch, version = ledger.epoch, ledger.version
+                await self._call(
+                    lambda: self._index.change(stream_id, epoch, version, change, self._lease_s)
+                )
+            except Stale as e:
+                self._must_be_ours(ledger, e)
+            else:
+                ledger.version += 1
+                ledger.written = now
+                return
+        await self._write_whole(stream_id, ledger, now)
+
+    async def _write_whole(self, stream_id: str, ledger: Ledger, now: Kept) -> None:
+        for _ in range(2):
+            ledger.version += 1
+            record = ledger.whole(self.replica, now)
+            try:
+                await self._call(partial(self._index.put, stream_id, record, self._lease_s))
+            except Stale as e:
+                self._must_be_ours(ledger, e)
+                ledger.version = e.version
+            else:
+                ledger.written = now
+                return
+
+    def _must_be_ours(self, ledger: Ledger, found: Stale) -> None:
+        if found.epoch > ledger.epoch:
+            raise Moved(found.holder) from found
+
+    # Anybody's streams.
+
+    async def find(self, stream_id: str) -> StreamRecord | None:
+        """The record of a stream that this replica does not hold.
+
+        Raises:
+            IndexAway: the index can't say, or not for certain.
+        """
+        try:
+            record = await self._call(lambda: self._index.get(stream_id))
+        except IndexUnavailable as e:
+            raise IndexAway("the index of streams can't be reached") from e
+        if record is None and time.monotonic() < self._recovered_s + RECOVERY_S:
+            raise IndexAway("the index of streams is being rebuilt")
+        return record
+
+    async def claim(self, stream_id: str, epoch: int) -> StreamRecord:
+        """Take a stream over from the holder of this epoch.
+
+        Raises:
+            Moved: somebody else was quicker.
+            IndexAway
+        """
+        try:
+            return await self._call(
+                lambda: self._index.claim(stream_id, epoch, self.replica, self._lease_s)
+            )
+        except Stale as e:
+            raise Moved(e.holder) from e
+        except IndexUnavailable as e:
+            raise IndexAway("the index of streams can't be reached") from e
+
+    async def alive(self, replica: str) -> bool:
+        """Whether another replica is alive, as far as the index knows."""
+        try:
+            return await self._call(lambda: self._index.alive(replica))
+        except IndexUnavailable:
+            return True
+
+    # The index itself.
+
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        if self._away:
+            raise IndexUnavailable("it is away")
+        begun_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await call()
+        except (IndexUnavailable, TimeoutError) as e:
+            self._lost(e)
+            raise IndexUnavailable(str(e) or "it does not answer in time") from e
+        finally:
+            self._metrics.index_seconds.observe(time.monotonic() - begun_s)
+
+    def _lost(self, reason: Exception) -> None:
+        if not self._away:
+            logger.warning("the index is away: %s", reason or "it does not answer in time")
+        self._away = True
+        self._metrics.index_up.set(0)
+
+    async def _beat_on(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_S if self._away else BEAT_S)
+            await self._beat()
+
+    async def _beat(self) -> None:
+        """Renew this replica's lease; notice an index that comes back or has forgotten."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                known = await self._index.beat(self.replica, BEAT_LEASE_S)
+        except (IndexUnavailable, TimeoutError) as e:
+            self._lost(e)
+            return
+        was_away, self._away = self._away, False
+        self._metrics.index_up.set(1)
+        if self._beating is not None and (was_away or not known):
+            self._recovered_s = time.monotonic()
+            logger.warning("the index is back: every stream is written anew")
+            await self._returned()

@@ -1,0 +1,277 @@
+"""The line of operations between one stream and its engine.
+
+It knows what the engine has of the prompt, and gets it from there to what it should have, on
+another engine if this one is gone. At most one operation is under way, but for the closing one,
+which may overtake another: versions keep the order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from engine_adapter.client import EngineClient
+from engine_adapter.errors import (
+    EngineError,
+    EngineUnavailable,
+    PromptExists,
+    PromptFinished,
+    UnknownPrompt,
+    VersionConflict,
+)
+from engine_adapter.messages import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    Extend,
+    Finish,
+    Open,
+    Progress,
+    Sampling,
+)
+from gateway.placement import Engine
+from gateway.prompt import difference
+from gateway.routing import Decision
+from gateway.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 4
+"""How often one thing is asked of engines that lost the prompt, are behind, or are gone."""
+
+
+class Placer(Protocol):
+    """Finds engines for one model."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer that every engine takes; None while none answers."""
+
+    @property
+    def wants_documents(self) -> bool:
+        """Whether the choice depends on the documents, so that it should wait for them."""
+
+    async def place(self, tokens: list[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
+        """The engine for a prompt that begins with these tokens, and why.
+
+        Raises:
+            EngineFailed: there is none but those to avoid.
+        """
+
+
+class Line:
+    """One stream's line. It leads to an engine once it has something to carry."""
+
+    def __init__(
+        self,
+        stream_id: str,
+        placer: Placer,
+        *,
+        lease_s: float,
+        contested: Callable[[], Awaitable[None]],
+        metrics: Metrics,
+    ) -> None:
+        """
+        Args:
+            contested: called when somebody else seems to change the prompt; raises if that one
+                has the right to.
+        """
+        self.engine: Engine | None = None
+        self.decision: Decision | None = None
+        self.prompt_id = stream_id
+        self.progress: Progress | None = None
+        self.touched_s = time.monotonic()
+        self.confirmed = 0
+        """Tokens at the front of the prompt that the engine has for certain, and keeps with every
+        operation that is under way or still to be sent."""
+        self._stream_id = stream_id
+        self._placer = placer
+        self._lease_s = lease_s
+        self._contested = contested
+        self._metrics = metrics
+        self._avoid: set[Engine] = set()
+        self._bringing = asyncio.Lock()
+        self._sent: list[int] | None = None  # tokens of the newest operation; None: not open
+        self._version = -1
+        self._common = 0  # what `confirmed` becomes when the newest operation is answered
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an engine was asked to open the prompt."""
+        return self._sent is not None
+
+    def connect(self, engine: Engine, decision: Decision | None = None) -> None:
+        """Operations go to this engine from now on."""
+        self.engine, self.decision = engine, decision
+        engine.streams += 1
+
+    def disconnect(self) -> None:
+        """What the engine has of the prompt is of no use any more."""
+        if self.engine is not None:
+            self.engine.streams -= 1
+            self.engine = None
+        self._forget()
+
+    def resume(self, prompt_id: str, version: int, tokens: list[int], confirmed: int) -> None:
+        """Go on with a prompt that another replica has opened at the engine."""
+        self.prompt_id, self._version, self._sent = prompt_id, version, tokens
+        self._common = self.confirmed = confirmed
+
+    def rewritten(self, kept: int) -> None:
+        """The prompt has changed behind its first `kept` tokens."""
+        self._common, self.confirmed = min(self._common, kept), min(self.confirmed, kept)
+
+    def ahead(self, wanted: Sequence[int]) -> int:
+        """Tokens of a prompt that no operation has carried to an engine yet."""
+        return len(difference(self._sent or [], wanted)[1])
+
+    # What is carried.
+
+    async def bring(self, wanted: list[int]) -> None:
+        """Make the engine's prompt these tokens.
+
+        Raises:
+            EngineError, EngineFailed: no engine can.
+            Moved: another replica has taken the stream over.
+        """
+        async with self._bringing:
+            for attempt in range(MAX_ATTEMPTS):
+                try:
+                    if self.engine is None:
+                        self.connect(*await self._placer.place(wanted, self._avoid))
+                    await self._send(wanted)
+                    self._avoid.clear()
+                    return
+                except EngineError as e:
+                    if attempt == MAX_ATTEMPTS - 1:
+                        raise
+                    await self._recover(e)
+
+    async def answer(
+        self, wanted: list[int], tail: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Event, None]:
+        """Close the prompt with these tokens and its tail; the events of the answer.
+
+        Raises:
+            EngineError, EngineFailed: no engine can; or one broke off after the first event.
+            Moved: another replica has taken the stream over.
+        """
+        for attempt in range(MAX_ATTEMPTS):
+            begun = False
+            try:
+                if self._sent is None:
+                    await self.bring(wanted)
+                async for event in self._finish([*wanted, *tail], sampling):
+                    if not begun and isinstance(event, ErrorEvent):
+                        raise EngineError.from_json(event.error)
+                    begun = True
+                    yield event
+                return
+            except EngineError as e:
+                if begun or attempt == MAX_ATTEMPTS - 1:
+                    raise
+                if self._bringing.locked():  # it overtook an operation: that one comes first
+                    async with self._bringing:
+                        continue
+                await self._recover(e)
+
+    async def _send(self, wanted: list[int]) -> None:
+        """One operation."""
+        client = self._client
+        if self._sent is None:
+            self._sent, self._version, self._common = wanted, 0, len(wanted)
+            self._metrics.operations.labels("open").inc()
+            op = Open(tokens=wanted, lease_s=self._lease_s)
+            self._note(await client.open(self.prompt_id, op))
+            return
+        keep, tokens = difference(self._sent, wanted)
+        if keep == len(self._sent) and not tokens:
+            return
+        self._sent, self._version, self._common = wanted, self._version + 1, len(wanted)
+        self._metrics.operations.labels("extend").inc()
+        extend = Extend(version=self._version, keep=keep, tokens=tokens)
+        self._note(await client.extend(self.prompt_id, extend))
+
+    async def _finish(self, wanted: list[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
+        keep, tokens = difference(self._sent or [], wanted)
+        op = Finish(version=self._version + 1, keep=keep, tokens=tokens, sampling=sampling)
+        self._metrics.operations.labels("finish").inc()
+        async with self._client.finish(self.prompt_id, op) as events:
+            async for event in events:
+                yield event
+                if isinstance(event, DoneEvent | ErrorEvent):
+                    return
+        raise EngineUnavailable("the engine ended the answer without completing it")
+
+    def _note(self, progress: Progress) -> None:
+        """An operation was answered: what it carried is there."""
+        self.progress, self.touched_s = progress, time.monotonic()
+        self.confirmed = self._common
+
+    # When it is not as it should be.
+
+    async def _recover(self, error: EngineError) -> None:
+        """Do what makes another attempt worth it, or raise the error."""
+        match error:
+            case UnknownPrompt() | PromptFinished() | PromptExists():
+                logger.info("stream %s is opened again: %s", self._stream_id, error)
+                self._forget()
+            case VersionConflict():
+                await self._contested()
+                await self._catch_up()
+            case EngineUnavailable():
+                if self.engine is not None:
+                    logger.warning("stream %s leaves %s: %s", self._stream_id, self.engine.url, error)
+                    self._avoid.add(self.engine)
+                self.disconnect()
+            case _:
+                raise error
+
+    async def _catch_up(self) -> None:
+        """Learn from the engine what it has of the prompt."""
+        try:
+            has = await self._client.tokens(self.prompt_id)
+        except UnknownPrompt:
+            self._forget()
+        else:
+            self._sent, self._version, self._common = has.tokens, has.version, self.confirmed
+
+    def _forget(self) -> None:
+        """The engine does not have the prompt: begin again under a new id."""
+        self.prompt_id = f"{self._stream_id}-{uuid.uuid4().hex[:12]}"
+        self._sent, self._version = None, -1
+        self._common = self.confirmed = 0
+
+    # The engine's side of leases.
+
+    async def look(self) -> None:
+        """Ask the engine where the prompt stands, which renews its lease. An engine that has
+        lost it is found out.
+
+        Raises:
+            EngineError
+        """
+        try:
+            progress = await self._client.status(self.prompt_id)
+        except UnknownPrompt:
+            self._forget()
+            raise
+        self.progress, self.touched_s = progress, time.monotonic()
+
+    @property
+    def _client(self) -> EngineClient:
+        if self.engine is None:
+            raise EngineUnavailable("the stream has no engine")
+        return self.engine.client
+
+
+async def abort(engine: Engine | None, prompt_id: str) -> None:
+    """Free an engine's memory of a prompt. No error if it has nothing of it."""
+    if engine is not None:
+        with suppress(EngineError):
+            await engine.client.abort(prompt_id)
