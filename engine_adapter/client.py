@@ -13,6 +13,7 @@ import msgspec
 from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
 from engine_adapter.messages import (
     PREFIX,
+    Blocks,
     EngineInfo,
     Event,
     Extend,
@@ -21,6 +22,7 @@ from engine_adapter.messages import (
     Message,
     Open,
     Progress,
+    PromptTokens,
     SetPolicy,
     decode,
     encode,
@@ -75,6 +77,14 @@ class EngineClient:
     async def status(self, prompt_id: str) -> Progress:
         """Where a prompt stands; renews its lease."""
         return await self._ask(Progress, "GET", f"/prompts/{prompt_id}")
+
+    async def tokens(self, prompt_id: str) -> PromptTokens:
+        """What the engine has of a prompt; renews its lease."""
+        return await self._ask(PromptTokens, "GET", f"/prompts/{prompt_id}/tokens")
+
+    async def blocks(self) -> Blocks:
+        """What its prefix cache could find now."""
+        return await self._ask(Blocks, "GET", "/blocks")
 
     async def abort(self, prompt_id: str) -> Progress:
         """Forget a prompt and free its memory."""

@@ -7,16 +7,18 @@ malformed body is found at the edge and never inside an engine.
 An engine serves them over HTTP under `PREFIX`:
 
     GET     /stream2llm/info                                -> EngineInfo
+    GET     /stream2llm/blocks                              -> Blocks
     POST    /stream2llm/prompts/{prompt_id}                 Open       -> Progress
     POST    /stream2llm/prompts/{prompt_id}/extend          Extend     -> Progress
     POST    /stream2llm/prompts/{prompt_id}/invalidate      Invalidate -> Progress
     POST    /stream2llm/prompts/{prompt_id}/finish          Finish     -> lines of Event
     GET     /stream2llm/prompts/{prompt_id}                 -> Progress
+    GET     /stream2llm/prompts/{prompt_id}/tokens          -> PromptTokens
     DELETE  /stream2llm/prompts/{prompt_id}                 -> Progress, the last one
 
 Versions: `open` is version 0 and every later operation of a prompt carries the next
-number. An operation that repeats the newest version is answered with its first answer
-(a retry is safe); any other number is a `VersionConflict`.
+number. An operation that repeats the newest version, with the same content, is answered with
+its first answer (a retry is safe); any other is a `VersionConflict`.
 
 After `finish`: as long as the answer has no token, `extend` and `invalidate` are taken. They
 replace the prompt as it was finished, its tail included, and the one stream of the answer
@@ -135,6 +137,16 @@ class Progress(Message, frozen=True):
     """KV blocks this operation gave back; 0 also from an engine that does not count them."""
 
 
+class PromptTokens(Message, frozen=True):
+    """What the engine has of a prompt: enough for another client to go on with it."""
+
+    prompt_id: str
+    version: int
+    finished: bool
+    """Its input is closed. When nobody reads its answer any more, its tokens are gone."""
+    tokens: list[int]
+
+
 class TokenLogprob(Message, frozen=True):
     """A token, its log-probability, and its text."""
 
@@ -171,6 +183,38 @@ class ErrorEvent(Message, frozen=True, tag="error"):
 
 
 Event = TokenEvent | DoneEvent | ErrorEvent
+
+
+class KvEvents(Message, frozen=True):
+    """How to follow the changes of an engine's prefix cache, and how its blocks are named.
+
+    An engine of several data-parallel ranks tells this of one of them, its first.
+    """
+
+    endpoint: str
+    """Where ZMQ subscribers connect, as the engine was told to bind it: `*` stands for the
+    host of the engine's URL."""
+    replay_endpoint: str | None
+    """Where lost batches can be asked for; None if nowhere."""
+    topic: str
+    hash_algorithm: str
+    """vLLM's name of it."""
+    hash_root: str
+    """Hash in front of a prompt's first block, in hexadecimal digits."""
+    block_size: int
+    """Tokens under one name."""
+
+
+class Blocks(Message, frozen=True):
+    """The blocks that the prefix cache could find at one moment between two steps."""
+
+    instance_id: str
+    """As in `EngineInfo`."""
+    next_batch: int
+    """The first batch of KV events that is not in here yet; all before it are."""
+    names: bytes
+    """The last 8 bytes of each block's hash. A name that two blocks have is there twice: the
+    events tell of each."""
 
 
 class EngineInfo(Message, frozen=True):
@@ -210,6 +254,10 @@ class EngineInfo(Message, frozen=True):
     """What else its speed depends on: number format, parallelism, tokens in a step and a block."""
     cost_model: str = ""
     """By which it chooses whose KV goes; empty if it has none."""
+    waiting_tokens: int = 0
+    """Tokens that it could compute now and has not: of all prompts, open and closed."""
+    kv_events: KvEvents | None = None
+    """None if it publishes none, or holds KV in other than one kind of block."""
 
 
 M = TypeVar("M")

@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,9 +16,11 @@ from engine_adapter.answers import Answer
 from engine_adapter.errors import BadOperation
 from engine_adapter.messages import (
     PROTOCOL_VERSION,
+    Blocks,
     EngineInfo,
     Event,
     Finish,
+    KvEvents,
     Message,
     Sampling,
     SetPolicy,
@@ -27,7 +29,10 @@ from engine_adapter.messages import (
 from engine_adapter.scheduling.policies import POLICIES, named
 from engine_adapter.sessions import Core, Limits, Session, Sessions, Status
 
-OPERATIONS = ["open", "extend", "invalidate", "finish", "abort", "status", "info", "policy"]
+OPERATIONS = [
+    *("open", "extend", "invalidate", "finish", "abort", "status", "tokens"),
+    *("info", "policy", "blocks"),
+]
 
 LEASE_SWEEP_S = 0.5
 
@@ -40,6 +45,16 @@ class Engine(Core, Protocol[P]):
 
     def load(self) -> Awaitable[Status]:
         """Policy, hardware, and how busy the engine is, named as in `EngineInfo`."""
+
+    def kv_events(self) -> Awaitable[Mapping[str, Any]]:
+        """The fields of a `KvEvents`, or none. They never change."""
+
+    def blocks(self) -> Awaitable[Mapping[str, Any]]:
+        """The fields of a `Blocks`, but for the instance.
+
+        Raises:
+            BadOperation: the engine has no prefix cache.
+        """
 
     def set_policy(self, policy: str) -> Awaitable[None]:
         """Order by another policy from the next step on."""
@@ -86,6 +101,7 @@ class StreamingPrompts(Generic[P]):
         self._numbers = itertools.count()
         self._answers: dict[str, str] = {}  # prompt id -> the engine's request id, while answering
         self._sweeper: asyncio.Task[None] | None = None
+        self._kv_events: Mapping[str, Any] | None = None  # None: not asked yet
 
     def start(self) -> None:
         """Begin to free prompts whose lease has run out."""
@@ -105,6 +121,8 @@ class StreamingPrompts(Generic[P]):
     async def info(self) -> EngineInfo:
         """Identity, limits and load of this engine."""
         load: dict[str, Any] = dict(await self.engine.load())
+        if self._kv_events is None:
+            self._kv_events = await self.engine.kv_events()
         return EngineInfo(
             instance_id=self._instance_id,
             protocol_version=PROTOCOL_VERSION,
@@ -115,8 +133,17 @@ class StreamingPrompts(Generic[P]):
             max_model_len=self._limits.max_model_len,
             block_size=self._block_size,
             policies=list(POLICIES),
+            kv_events=KvEvents(**self._kv_events) if self._kv_events else None,
             **load,
         )
+
+    async def blocks(self) -> Blocks:
+        """What the engine's prefix cache could find now.
+
+        Raises:
+            BadOperation: it has none.
+        """
+        return Blocks(instance_id=self._instance_id, **await self.engine.blocks())
 
     async def set_policy(self, op: SetPolicy) -> EngineInfo:
         """Order requests by another policy from the next step on.

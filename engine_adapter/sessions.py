@@ -23,7 +23,15 @@ from engine_adapter.errors import (
     UnknownPrompt,
     VersionConflict,
 )
-from engine_adapter.messages import Extend, Finish, Invalidate, Open, Progress, PromptState
+from engine_adapter.messages import (
+    Extend,
+    Finish,
+    Invalidate,
+    Open,
+    Progress,
+    PromptState,
+    PromptTokens,
+)
 
 Status = Mapping[str, int | str]
 
@@ -78,6 +86,8 @@ class Session:
     """To the prompt, once its input is closed."""
     progress: asyncio.Task[Progress] | None = field(default=None, repr=False)
     """What the newest `open` or `extend` is answered with."""
+    newest: Extend | None = field(default=None, repr=False)
+    """The operation that made this version, if that was no `open` or `finish`."""
 
     @property
     def finished(self) -> bool:
@@ -100,7 +110,7 @@ class Sessions:
         """
         known = self._sessions.get(prompt_id)
         if known is not None:
-            if known.version == 0 and known.tokens == op.tokens and not known.finished:
+            if _is_repeated(known, op):
                 return await self._answered(known)
             raise PromptExists(f"prompt {prompt_id!r} is open already")
         if not 0 < op.lease_s <= MAX_LEASE_S:
@@ -122,33 +132,39 @@ class Sessions:
             UnknownPrompt, PromptFinished, VersionConflict, PromptTooLong, BadOperation
         """
         session = self._get(prompt_id)
-        if op.version == session.version and session.progress is not None:
+        if op == session.newest:
             return await self._answered(session)
         if session.answer is not None and session.answer.begun:
             raise PromptFinished(f"the answer to prompt {prompt_id!r} has begun")
         tokens = self._next(session, op)
-        session.version, session.tokens = op.version, tokens
+        before = session.newest
+        session.version, session.tokens, session.newest = op.version, tokens, op
         if session.answer is None:
             call = self._core.extend(prompt_id, op.keep, op.tokens)
         else:
-            call = self._reopen(session, session.answer, op.version, tokens, session.progress)
+            call = self._reopen(session, session.answer, tokens, session.progress, before)
         return await self._call(session, call, kept=op.keep)
 
     async def _reopen(
         self,
         session: Session,
         answer: Answer,
-        version: int,
         tokens: list[int],
-        before: asyncio.Task[Progress] | None,
+        progress: asyncio.Task[Progress] | None,
+        before: Extend | None,
     ) -> Status:
-        """Ask the engine's loop for an update of a finished prompt, and follow its decision."""
+        """Ask the engine's loop for an update of a finished prompt, and follow its decision.
+
+        Args:
+            progress, before: of the version that is to be replaced, and stays if it can't be.
+        """
+        version = session.version
         try:
             status = await self._core.reopen(session.prompt_id, version, tokens)
         except PromptFinished:
             answer.begun = True
             session.version, session.tokens = answer.version, answer.tokens
-            session.progress = before
+            session.progress, session.newest = progress, before
             raise
         except Exception as e:  # nobody knows what has become of the prompt
             answer.break_off(EngineUnavailable(f"an update failed: {e}"))
@@ -175,7 +191,8 @@ class Sessions:
             raise PromptFinished(f"the input of prompt {prompt_id!r} is closed")
         tokens = self._next(session, op)
         session.version, session.tokens = op.version, tokens
-        session.answer, session.progress = Answer(op.version, tokens), None
+        session.answer = Answer(op.version, tokens)
+        session.progress = session.newest = None
         return session, session.answer
 
     async def abort(self, prompt_id: str) -> Progress:
@@ -206,6 +223,24 @@ class Sessions:
                 session, {"state": "finishing", "length": len(session.tokens), "computed": 0}
             )
         return self._progress(session, await self._core.status(prompt_id))
+
+    async def tokens(self, prompt_id: str) -> PromptTokens:
+        """What the engine has of a prompt; renews its lease.
+
+        Waits for the loop's decision about an update of a finished prompt.
+
+        Raises:
+            UnknownPrompt
+        """
+        session = self._get(prompt_id)
+        if session.finished and session.progress is not None:
+            await asyncio.wait((session.progress,))
+        return PromptTokens(
+            prompt_id=prompt_id,
+            version=session.version,
+            finished=session.finished,
+            tokens=session.tokens,
+        )
 
     def answered(self, session: Session, answer: Answer) -> None:
         """Nobody reads the answer any more. Until its lease ends the id is known as finished."""
@@ -304,3 +339,9 @@ class Sessions:
             invalidated=int(status.get("invalidated", 0)),
             freed_blocks=int(status.get("freed_blocks", 0)),
         )
+
+
+def _is_repeated(session: Session, op: Open) -> bool:
+    """Whether a session stands as this very operation has opened it."""
+    opened = session.version == 0 and not session.finished
+    return opened and session.tokens == op.tokens and session.cache_salt == op.cache_salt

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import uvloop
 from aiohttp import web
 
-from engine_adapter.errors import PromptFinished
+from engine_adapter.errors import BadOperation, PromptFinished
 from engine_adapter.messages import DoneEvent, Event, Sampling, TokenEvent
 from engine_adapter.prompts import StreamingPrompts
 from engine_adapter.sessions import Limits, Status
@@ -77,6 +78,12 @@ class FakeCore:
             "accelerators": 2,
             "settings": "none",
         }
+
+    async def kv_events(self) -> Mapping[str, Any]:
+        return {}
+
+    async def blocks(self) -> Mapping[str, Any]:
+        raise BadOperation("there is no prefix cache")
 
     async def set_policy(self, policy: str) -> None:
         """There is nothing to order."""

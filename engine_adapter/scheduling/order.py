@@ -42,6 +42,10 @@ class Order:
         """All requests, the most urgent first."""
         return (entry[2] for entry in sorted(self._entries.values()))
 
+    def waiting_tokens(self) -> int:
+        """What all requests that are not decoding could compute now."""
+        return sum(view.remaining_tokens for *_, view in self.ready if not view.decoding)
+
     def put(self, view: View) -> None:
         """Add a request, or say what has become of it."""
         old = self._entries.get(view.request_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine_adapter.errors import EngineError, EngineUnavailable
@@ -28,6 +28,8 @@ WORDS = ("simulated", "words", "mean", "nothing")
 DEFAULTS = {"max_tokens": 128}
 """An answer has as many tokens as it may have; this many where the request does not say."""
 
+Call = Callable[[], Mapping[str, Any] | None]
+
 
 class RealTimeEngine:
     """The `Engine` of `StreamingPrompts` on a simulated one. For one event loop."""
@@ -39,7 +41,7 @@ class RealTimeEngine:
         """
         self._engine = engine
         self._speed = speed
-        self._calls: deque[tuple[Callable[[], Status | None], asyncio.Future[Status]]] = deque()
+        self._calls: deque[tuple[Call, asyncio.Future[Any]]] = deque()
         self._called = asyncio.Event()
         self._outputs: dict[str, asyncio.Queue[Output | None]] = {}
         self.late_s = 0.0
@@ -86,7 +88,7 @@ class RealTimeEngine:
                 self._settle(call, done)
 
     @staticmethod
-    def _settle(call: Callable[[], Status | None], done: asyncio.Future[Status]) -> None:
+    def _settle(call: Call, done: asyncio.Future[Any]) -> None:
         try:
             done.set_result(call() or {})
         except EngineError as e:
@@ -100,8 +102,8 @@ class RealTimeEngine:
             if (outputs := self._outputs.get(output.request_id)) is not None:
                 outputs.put_nowait(output)
 
-    def _call(self, call: Callable[[], Status | None]) -> asyncio.Future[Status]:
-        done: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+    def _call(self, call: Call) -> asyncio.Future[Any]:
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls.append((call, done))
         self._called.set()
         return done
@@ -128,6 +130,14 @@ class RealTimeEngine:
     def load(self) -> asyncio.Future[Status]:
         """How busy the engine is; see `StreamScheduler.load`."""
         return self._call(self._engine.scheduler.load)
+
+    def kv_events(self) -> asyncio.Future[Mapping[str, Any]]:
+        """How to follow the prefix cache; see `PrefixCache.events`."""
+        return self._call(self._engine.scheduler.prefix_cache.events)
+
+    def blocks(self) -> asyncio.Future[Mapping[str, Any]]:
+        """What the prefix cache could find now; see `PrefixCache.blocks`."""
+        return self._call(self._engine.scheduler.prefix_cache.blocks)
 
     async def set_policy(self, policy: str) -> None:
         """Order by another policy from the next step on."""

@@ -62,6 +62,10 @@ async def _info(request: web.Request) -> web.Response:
     return _message(await request.app[PROMPTS].info())
 
 
+async def _blocks(request: web.Request) -> web.Response:
+    return _message(await request.app[PROMPTS].blocks())
+
+
 async def _policy(request: web.Request) -> web.Response:
     op = decode(SetPolicy, await request.read())
     return _message(await request.app[PROMPTS].set_policy(op))
@@ -92,6 +96,10 @@ async def _status(request: web.Request) -> web.Response:
     return _message(await request.app[PROMPTS].sessions.status(request.match_info["id"]))
 
 
+async def _tokens(request: web.Request) -> web.Response:
+    return _message(await request.app[PROMPTS].sessions.tokens(request.match_info["id"]))
+
+
 async def _abort(request: web.Request) -> web.Response:
     return _message(await request.app[PROMPTS].abort(request.match_info["id"]))
 
@@ -100,11 +108,13 @@ PROMPT = PREFIX + "/prompts/{id}"
 
 routes = [
     web.get(PREFIX + "/info", _info),
+    web.get(PREFIX + "/blocks", _blocks),
     web.put(PREFIX + "/policy", _policy),
     web.post(PROMPT, _open),
     web.post(PROMPT + "/extend", _extend),
     web.post(PROMPT + "/invalidate", _invalidate),
     web.post(PROMPT + "/finish", _finish),
     web.get(PROMPT, _status),
+    web.get(PROMPT + "/tokens", _tokens),
     web.delete(PROMPT, _abort),
 ]

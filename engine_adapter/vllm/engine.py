@@ -81,6 +81,10 @@ def _apply(
             return scheduler.status(**arguments)
         case "load":
             return scheduler.load()
+        case "kv_events":
+            return scheduler.prefix_cache.events()
+        case "blocks":
+            return scheduler.prefix_cache.blocks()
         case "policy":
             scheduler.set_policy(**arguments)
             return {}
@@ -120,11 +124,19 @@ class VllmEngine:
         """How busy the engine is; see `StreamScheduler.load`."""
         return await self._call("load", {})
 
+    async def kv_events(self) -> Mapping[str, Any]:
+        """How to follow the prefix cache; see `PrefixCache.events`."""
+        return await self._call("kv_events", {})
+
+    async def blocks(self) -> Mapping[str, Any]:
+        """What the prefix cache could find now; see `PrefixCache.blocks`."""
+        return await self._call("blocks", {})
+
     async def set_policy(self, policy: str) -> None:
         """Order by another policy from the next step on."""
         await self._call("policy", {"policy": policy})
 
-    async def _call(self, operation: str, arguments: dict[str, Any]) -> Status:
+    async def _call(self, operation: str, arguments: dict[str, Any]) -> Mapping[str, Any]:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 answer = await self._llm.engine_core.call_utility_async(
@@ -134,7 +146,7 @@ class VllmEngine:
             raise EngineUnavailable("the engine does not answer") from e
         if "error" in answer:
             raise EngineError.from_json({**answer, "message": answer["error"]})
-        result: Status = answer
+        result: Mapping[str, Any] = answer
         return result
 
     def sampling_params(

@@ -33,6 +33,8 @@ class BlockTables:
         self.can_inherit = all(type(g) is FullAttentionManager for g in self._groups)
         """Sliding-window, state-space and other layouts keep more than a list of blocks per
         request; there a successor finds its prefix through the prefix cache instead."""
+        self.plain = self.can_inherit and self._only is not None
+        """All KV of a token is in one block."""
         self.block_size: int = max(g.block_size for g in self._groups)
         """Tokens; a multiple of every group's block size."""
         self.smallest_block: int = min(g.block_size for g in self._groups)
@@ -57,6 +59,12 @@ class BlockTables:
             for g in self._groups
             for block in g.req_to_blocks.get(request_id, ())
         )
+
+    def cached(self) -> bytes:
+        """Names of all blocks that the prefix cache finds, of an only group: see `Blocks`."""
+        found = self._pool.cached_block_hash_to_block._cache.items()  # the key ends in the group
+        copies = ((key, len(b) if isinstance(b, dict) else 1) for key, b in found)
+        return b"".join(key[-12:-4] * count for key, count in copies)
 
     def hand_over(self, old_id: str, new_id: str) -> None:
         """Make a request's blocks those of its successor."""

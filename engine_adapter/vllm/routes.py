@@ -107,6 +107,11 @@ async def info(request: Request) -> Response:
     return _json(await _prompts(request).info())
 
 
+@router.get("/blocks")
+async def blocks(request: Request) -> Response:
+    return _json(await _prompts(request).blocks())
+
+
 @router.put("/policy")
 async def set_policy(request: Request) -> Response:
     return _json(await _prompts(request).set_policy(decode(SetPolicy, await request.body())))
@@ -139,6 +144,11 @@ async def finish_prompt(prompt_id: str, request: Request) -> Response:
 @router.get("/prompts/{prompt_id}")
 async def prompt_status(prompt_id: str, request: Request) -> Response:
     return _json(await _prompts(request).sessions.status(prompt_id))
+
+
+@router.get("/prompts/{prompt_id}/tokens")
+async def prompt_tokens(prompt_id: str, request: Request) -> Response:
+    return _json(await _prompts(request).sessions.tokens(prompt_id))
 
 
 @router.delete("/prompts/{prompt_id}")

@@ -43,6 +43,7 @@ from engine_adapter.vllm.open_prompts import (
     common_prefix,
     ended_prompt,
 )
+from engine_adapter.vllm.prefix_cache import PrefixCache
 from engine_adapter.vllm.setup import cost_model, setup_of
 from engine_adapter.vllm.views import Views
 
@@ -86,6 +87,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self.cost = cost_model(settings.get("cost_model"), self.setup)
         """What bringing back a victim's KV costs; None if nobody has measured it."""
         self._host = HostMemory(self.connector, self.cost)
+        self.prefix_cache = PrefixCache(self, self._tables)
 
     # Operations. Called between steps, on the thread of the engine's loop.
 
@@ -174,11 +176,13 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """Policy, hardware, cost model, and how busy the engine is, in requests and KV blocks."""
         running, waiting = self.get_request_counts()
         pool = self.kv_cache_manager.block_pool
+        self._views.refresh()
         return {
             "kv_blocks_total": pool.num_gpu_blocks - 1,  # one is vLLM's null block
             "kv_blocks_free": pool.get_num_free_blocks(),
             "running": running,
             "waiting": waiting,
+            "waiting_tokens": self._views.order.waiting_tokens(),
             "open_prompts": len(self._prompts),
             "preemptions": self._preemptions,
             "invalidated_tokens": self._invalidated_tokens,

@@ -24,6 +24,9 @@ async def test_operations_are_answered_and_errors_have_their_status() -> None:
         cut = await http.post(path + "/invalidate", json={"version": 1, "keep": 1})
         assert cut.json()["length"] == 1
         assert core.tokens["p"] == [1]
+        told = await http.get(path + "/tokens")
+        assert told.json() == {"prompt_id": "p", "version": 1, "finished": False, "tokens": [1]}
+        assert (await http.get("/stream2llm/prompts/q/tokens")).status_code == 404
         gap = await http.post(path + "/invalidate", json={"version": 3, "keep": 1})
         assert gap.status_code == 409
         assert gap.json()["error"]["expected_version"] == 2

@@ -17,6 +17,7 @@ from engine_adapter.errors import (
     EngineError,
     EngineOverloaded,
     EngineUnavailable,
+    PromptExists,
     PromptFinished,
     UnknownPrompt,
     VersionConflict,
@@ -60,6 +61,76 @@ async def test_a_retry_is_answered_without_being_applied_again(
     assert await sessions.extend("p", op) == first
     assert core.operations == ["open", "extend"]
     assert core.tokens["p"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Extend(version=1, keep=1, tokens=[3]),
+        Extend(version=1, keep=2, tokens=[4]),
+        Extend(version=1, keep=2, tokens=[]),
+        Extend(version=0, keep=2, tokens=[]),
+    ],
+)
+async def test_another_operation_of_a_version_that_was_given_is_no_retry(
+    sessions: Sessions, core: FakeCore, other: Extend
+) -> None:
+    await sessions.open("p", Open(tokens=[1, 2]))
+    first = await sessions.extend("p", Extend(version=1, keep=2, tokens=[3]))
+    with pytest.raises(VersionConflict) as conflict:
+        await sessions.extend("p", other)
+    assert conflict.value.details == {"expected_version": 2}
+    assert core.tokens["p"] == [1, 2, 3]
+    assert await sessions.extend("p", Extend(version=1, keep=2, tokens=[3])) == first
+
+
+@pytest.mark.parametrize("other", [Open(tokens=[2]), Open(tokens=[1], cache_salt="other")])
+async def test_another_open_is_no_retry(sessions: Sessions, other: Open) -> None:
+    await sessions.open("p", Open(tokens=[1], cache_salt="one"))
+    with pytest.raises(PromptExists):
+        await sessions.open("p", other)
+
+
+async def test_another_client_is_told_the_tokens_of_a_prompt(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    with pytest.raises(UnknownPrompt):
+        await sessions.tokens("p")
+    await sessions.open("p", Open(tokens=[1, 2], lease_s=5))
+    await sessions.extend("p", Extend(version=1, keep=1, tokens=[3]))
+    told = await sessions.tokens("p")
+    assert (told.version, told.finished, told.tokens) == (1, False, [1, 3])
+    session, answer = sessions.finish("p", finish(2, 2))
+    told = await sessions.tokens("p")
+    assert (told.version, told.finished, told.tokens) == (2, True, [1, 3, 9])
+    sessions.answered(session, answer)
+    assert (await sessions.tokens("p")).tokens == []
+
+
+async def test_asking_for_its_tokens_renews_the_lease_of_a_prompt(sessions: Sessions) -> None:
+    await sessions.open("p", Open(tokens=[1], lease_s=0.2))
+    asked = 0
+    begun_s = time.monotonic()
+    while time.monotonic() < begun_s + 0.4:
+        await sessions.tokens("p")
+        assert await sessions.expire(time.monotonic()) == []
+        asked += 1
+        await asyncio.sleep(0.01)
+    assert asked > 1
+
+
+async def test_tokens_are_told_when_an_update_of_a_finished_prompt_is_decided(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    await sessions.open("p", Open(tokens=[1]))
+    sessions.finish("p", finish(1, 1))
+    await core.close("p")  # as the loop does when it has produced a token
+    refused = asyncio.create_task(sessions.extend("p", Extend(version=2, keep=0, tokens=[5])))
+    await asyncio.sleep(0)
+    told = await sessions.tokens("p")
+    assert (told.version, told.tokens) == (1, [1, 9])
+    with pytest.raises(PromptFinished):
+        await refused
 
 
 async def test_a_retry_while_the_first_try_is_under_way_waits_for_its_answer(
@@ -276,7 +347,7 @@ async def test_a_prompt_stays_while_its_answer_is_read_and_not_if_nobody_ever_re
 
 operations = st.lists(
     st.tuples(
-        st.sampled_from(["open", "extend", "invalidate", "finish", "abort", "status"]),
+        st.sampled_from(["open", "extend", "invalidate", "finish", "abort", "status", "tokens"]),
         st.sampled_from(["p", "q", "r"]),
         st.integers(-1, 4),
         st.integers(-1, 60),
@@ -310,6 +381,8 @@ async def test_no_operation_is_answered_by_anything_but_its_answer_or_a_typed_er
                     await sessions.abort(prompt_id)
                 case "status":
                     await sessions.status(prompt_id)
+                case "tokens":
+                    assert 0 < len((await sessions.tokens(prompt_id)).tokens)
         except EngineError as e:
             statuses.add(e.status)
         for held in core.tokens.values():

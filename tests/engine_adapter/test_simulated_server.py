@@ -29,6 +29,7 @@ from engine_adapter.errors import (
     VersionConflict,
 )
 from engine_adapter.messages import (
+    Blocks,
     DoneEvent,
     ErrorEvent,
     Event,
@@ -128,6 +129,12 @@ async def test_operations_are_those_of_the_real_engine(engine: EngineClient) -> 
     with pytest.raises(VersionConflict) as gap:
         await engine.extend("p", Extend(version=9, keep=0, tokens=[1]))
     assert gap.value.details == {"expected_version": 3}
+    with pytest.raises(VersionConflict):
+        await engine.invalidate("p", Invalidate(version=2, keep=41))
+    told = await engine.tokens("p")
+    assert (told.version, told.finished, told.tokens) == (2, False, list(range(40)))
+    with pytest.raises(UnknownPrompt):
+        await engine.tokens("q")
     with pytest.raises(PromptTooLong):
         await engine.extend("p", Extend(version=3, keep=40, tokens=[7] * KV_TOKENS))
     with pytest.raises(BadOperation, match="temperature"):
@@ -155,6 +162,31 @@ async def test_info_names_it_and_the_policy_can_be_switched(engine: EngineClient
     with pytest.raises(BadOperation):
         await engine.set_policy("none")
     assert (await engine.set_policy("fcfs")).policy == "fcfs"
+    assert info.kv_events is None, "nothing is published"
+
+
+async def test_its_blocks_are_those_that_its_prefix_cache_has(engine: EngineClient) -> None:
+    before = await engine.blocks()
+    await engine.open("named", Open(tokens=list(range(500_000, 500_100))))
+    await until(lambda: idle(engine, "named"), within_s=5)
+    now = await engine.blocks()
+    assert now.instance_id == (await engine.info()).instance_id
+    assert len(now.names) == len(before.names) + 6 * 8, "96 of 99 tokens are in whole blocks"
+    await engine.abort("named")
+    assert set_of(await engine.blocks()) == set_of(now), "what is given back is found still"
+
+
+def set_of(blocks: Blocks) -> set[bytes]:
+    return {blocks.names[i : i + 8] for i in range(0, len(blocks.names), 8)}
+
+
+async def test_the_backlog_is_told_while_it_lasts(engine: EngineClient) -> None:
+    assert (await engine.info()).waiting_tokens == 0
+    await engine.open("long", Open(tokens=list(range(600_000, 660_000))))
+    assert 0 < (await engine.info()).waiting_tokens < 60_000
+    await until(lambda: idle(engine, "long"), within_s=30)
+    assert (await engine.info()).waiting_tokens == 0
+    await engine.abort("long")
 
 
 async def test_ttft_is_that_of_what_was_not_yet_read(engine: EngineClient) -> None:
