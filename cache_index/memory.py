@@ -94,8 +94,10 @@ class MemoryIndex:
         if old is not None and old.epoch == epoch:
             self._streams.pop(stream_id)
 
-    async def beat(self, replica: str, lease_s: float) -> None:
+    async def beat(self, replica: str, lease_s: float) -> bool:
+        known = self._replicas.get(replica) is not None
         self._replicas.put(replica, True, lease_s)
+        return known
 
     async def alive(self, replica: str) -> bool:
         return self._replicas.get(replica) is not None

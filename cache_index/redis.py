@@ -88,8 +88,9 @@ class RedisIndex:
     async def delete(self, stream_id: str, epoch: int) -> None:
         await self._run(DELETE, [record_key(stream_id)], epoch)
 
-    async def beat(self, replica: str, lease_s: float) -> None:
-        await self._ask("SET", replica_key(replica), "", "PX", ms(lease_s))
+    async def beat(self, replica: str, lease_s: float) -> bool:
+        before = await self._ask("SET", replica_key(replica), "1", "PX", ms(lease_s), "GET")
+        return before is not None
 
     async def alive(self, replica: str) -> bool:
         return bool(await self._ask("EXISTS", replica_key(replica)))

@@ -5,16 +5,31 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 
 import aiohttp
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from cache_index.opening import open_index
 from gateway import routes_openai, routes_streams
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
-from gateway.keys import BUILDERS, ENGINES, EXECUTOR, METRICS, SESSION, SETTINGS, STREAMS
+from gateway.guard import Guard
+from gateway.keeper import Keeper
+from gateway.keys import (
+    BUILDERS,
+    ENGINES,
+    EXECUTOR,
+    KEEPER,
+    METRICS,
+    SESSION,
+    SETTINGS,
+    STREAMS,
+    TAKING_OVER,
+)
 from gateway.placement import Engines
+from gateway.prefixes import Prefixes
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
@@ -31,7 +46,7 @@ def build(settings: Settings) -> web.Application:
     )
     app[SETTINGS] = settings
     app[METRICS] = Metrics()
-    app[BUILDERS] = {}
+    app[BUILDERS], app[TAKING_OVER] = {}, {}
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
     app.add_routes(
         [web.get("/health", _health), web.get("/ready", _ready), web.get("/metrics", _metrics)]
@@ -42,25 +57,45 @@ def build(settings: Settings) -> web.Application:
 
 async def _running(app: web.Application) -> AsyncIterator[None]:
     """Everything that lives as long as the gateway, begun and ended in order."""
-    settings = app[SETTINGS]
+    settings, metrics = app[SETTINGS], app[METRICS]
+    index = open_index(settings.index, timeout_s=settings.index_timeout_s)
+    guard = Guard(timeout_s=settings.index_timeout_s, metrics=metrics)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
-    streams = Streams(settings, app[METRICS])
-    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+    async with (
+        aiohttp.ClientSession(connector=connector, auto_decompress=False) as session,
+        AsyncExitStack() as closing,
+    ):
+        closing.push_async_callback(index.close)
+        keeper = Keeper(
+            index,
+            settings.replica,
+            guard=guard,
+            lease_s=max(settings.lease_s, settings.keep_finished_s),
+            metrics=metrics,
+        )
+        streams = Streams(settings, keeper, metrics)
+        prefixes = Prefixes(index, guard)
         engines = Engines(
             session,
             settings.engine,
             poll_s=settings.poll_s,
-            metrics=app[METRICS],
+            policy=settings.routing,
+            prefixes=prefixes,
+            metrics=metrics,
             lost=streams.engine_lost,
+            seen=prefixes.follow,
         )
         with ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer") as executor:
             app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
-            app[EXECUTOR] = executor
+            app[EXECUTOR], app[KEEPER] = executor, keeper
             await engines.start()
+            await keeper.start(streams.keep_again)
             await streams.start()
             yield
             await streams.stop()
+            await keeper.stop()
             await engines.stop()
+            await prefixes.stop()
 
 
 @web.middleware

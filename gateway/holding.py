@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+
 import aiohttp
 from aiohttp import web
 
@@ -120,11 +121,13 @@ async def _send_on(request: web.Request, body: bytes, holder: str) -> web.Stream
     """
     app = request.app
     app[METRICS].forwarded.inc()
+    headers = end_to_end(request.headers)
+    headers[FORWARDED] = app[KEEPER].replica
     sent = app[SESSION].request(
         request.method,
         holder + request.path_qs,
         data=body or None,
-        headers=end_to_end(request.headers) | {FORWARDED: app[KEEPER].replica},
+        headers=headers,
         timeout=aiohttp.ClientTimeout(total=None, connect=2.0),
         allow_redirects=False,
     )

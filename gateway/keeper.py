@@ -1,8 +1,7 @@
 """Keeps the streams of this replica in the index, as far as the index can be reached.
 
-A stream does not fail because the index does: after a call that failed or took too long the index
-counts as away, and nobody waits for it again until it has answered a heartbeat. Then every stream
-is written anew.
+A stream does not fail because the index does. When the index is back, or has forgotten this
+replica, every stream is written anew.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from cache_index.index import IndexUnavailable, ReplicaIndex, Stale, StreamIndex, StreamRecord
 from gateway.errors import IndexAway
+from gateway.guard import Guard
 from gateway.record import Kept, Ledger
 from gateway.telemetry import Metrics
 
@@ -29,8 +29,6 @@ RETRY_S = 0.25
 RECOVERY_S = 5.0
 """After the index was away it may not yet have the streams that other replicas hold."""
 
-T = TypeVar("T")
-
 
 class Moved(Exception):
     """Another replica holds the stream now."""
@@ -41,37 +39,39 @@ class Index(StreamIndex, ReplicaIndex, Protocol):
 
 
 class Keeper:
-    """Writes and finds records. `returned` is called when the index has lost or missed some."""
+    """Writes and finds records."""
 
     def __init__(
         self,
         index: Index,
         replica: str,
         *,
-        timeout_s: float,
+        guard: Guard,
         lease_s: float,
         metrics: Metrics,
-        returned: Callable[[], Awaitable[None]],
     ) -> None:
         """
         Args:
             replica: URL under which other replicas reach this one.
-            timeout_s: longest wait for the index.
             lease_s: how long a record stays without a write.
         """
         self.replica = replica
         self._index = index
-        self._timeout_s = timeout_s
+        self._guard = guard
         self._lease_s = lease_s
         self._metrics = metrics
-        self._returned = returned
-        self._away = False
+        self._returned: Callable[[], Awaitable[None]] | None = None
         self._recovered_s = -float("inf")
         self._beating: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Begin to tell the other replicas that this one is alive."""
+    async def start(self, returned: Callable[[], Awaitable[None]]) -> None:
+        """Begin to tell the other replicas that this one is alive.
+
+        Args:
+            returned: writes every stream anew; called when the index may have lost or missed some.
+        """
         await self._beat()
+        self._returned = returned
         self._beating = asyncio.create_task(self._beat_on())
 
     async def stop(self) -> None:
@@ -109,7 +109,7 @@ class Keeper:
             change = ledger.change(now)
             try:
                 epoch, version = ledger.epoch, ledger.version
-                await self._call(
+                await self._guard.call(
                     lambda: self._index.change(stream_id, epoch, version, change, self._lease_s)
                 )
             except Stale as e:
@@ -125,7 +125,7 @@ class Keeper:
             ledger.version += 1
             record = ledger.whole(self.replica, now)
             try:
-                await self._call(partial(self._index.put, stream_id, record, self._lease_s))
+                await self._guard.call(partial(self._index.put, stream_id, record, self._lease_s))
             except Stale as e:
                 self._must_be_ours(ledger, e)
                 ledger.version = e.version
@@ -146,7 +146,7 @@ class Keeper:
             IndexAway: the index can't say, or not for certain.
         """
         try:
-            record = await self._call(lambda: self._index.get(stream_id))
+            record = await self._guard.call(lambda: self._index.get(stream_id))
         except IndexUnavailable as e:
             raise IndexAway("the index of streams can't be reached") from e
         if record is None and time.monotonic() < self._recovered_s + RECOVERY_S:
@@ -161,7 +161,7 @@ class Keeper:
             IndexAway
         """
         try:
-            return await self._call(
+            return await self._guard.call(
                 lambda: self._index.claim(stream_id, epoch, self.replica, self._lease_s)
             )
         except Stale as e:
@@ -172,47 +172,25 @@ class Keeper:
     async def alive(self, replica: str) -> bool:
         """Whether another replica is alive, as far as the index knows."""
         try:
-            return await self._call(lambda: self._index.alive(replica))
+            return await self._guard.call(lambda: self._index.alive(replica))
         except IndexUnavailable:
             return True
 
-    # The index itself.
-
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
-        if self._away:
-            raise IndexUnavailable("it is away")
-        begun_s = time.monotonic()
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await call()
-        except (IndexUnavailable, TimeoutError) as e:
-            self._lost(e)
-            raise IndexUnavailable(str(e) or "it does not answer in time") from e
-        finally:
-            self._metrics.index_seconds.observe(time.monotonic() - begun_s)
-
-    def _lost(self, reason: Exception) -> None:
-        if not self._away:
-            logger.warning("the index is away: %s", reason or "it does not answer in time")
-        self._away = True
-        self._metrics.index_up.set(0)
+    # This replica.
 
     async def _beat_on(self) -> None:
         while True:
-            await asyncio.sleep(RETRY_S if self._away else BEAT_S)
+            await asyncio.sleep(RETRY_S if self._guard.away else BEAT_S)
             await self._beat()
 
     async def _beat(self) -> None:
         """Renew this replica's lease; notice an index that comes back or has forgotten."""
+        was_away = self._guard.away
         try:
-            async with asyncio.timeout(self._timeout_s):
-                known = await self._index.beat(self.replica, BEAT_LEASE_S)
-        except (IndexUnavailable, TimeoutError) as e:
-            self._lost(e)
+            known = await self._guard.attempt(lambda: self._index.beat(self.replica, BEAT_LEASE_S))
+        except IndexUnavailable:
             return
-        was_away, self._away = self._away, False
-        self._metrics.index_up.set(1)
-        if self._beating is not None and (was_away or not known):
+        if self._returned is not None and (was_away or not known):
             self._recovered_s = time.monotonic()
             logger.warning("the index is back: every stream is written anew")
             await self._returned()

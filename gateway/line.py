@@ -226,7 +226,9 @@ class Line:
                 await self._catch_up()
             case EngineUnavailable():
                 if self.engine is not None:
-                    logger.warning("stream %s leaves %s: %s", self._stream_id, self.engine.url, error)
+                    logger.warning(
+                        "stream %s leaves %s: %s", self._stream_id, self.engine.url, error
+                    )
                     self._avoid.add(self.engine)
                 self.disconnect()
             case _:

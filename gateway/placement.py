@@ -10,6 +10,7 @@ from typing import Protocol
 
 import aiohttp
 
+from cache_index.names import ALGORITHMS, Hashing
 from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import EngineInfo
@@ -38,6 +39,15 @@ class Engine:
     @property
     def url(self) -> str:
         return self.client.url
+
+    @property
+    def hashing(self) -> Hashing | None:
+        """How it names blocks; None if it does not say, or in a way that is not known here."""
+        events = None if self.info is None else self.info.kv_events
+        if events is None or events.hash_algorithm not in ALGORITHMS:
+            return None
+        root = bytes.fromhex(events.hash_root)
+        return Hashing(events.hash_algorithm, events.block_size, root)
 
     def candidate(self, held_tokens: int) -> Candidate:
         """As the choice sees it. It has answered at least once."""
@@ -208,8 +218,6 @@ class ModelPlacer:
         """Whether the choice depends on the documents, so that it should wait for them."""
         return self.engines.policy == "prefix" and len(self.engines.ready) > 1
 
-    async def place(
-        self, tokens: Sequence[int], avoid: set[Engine]
-    ) -> tuple[Engine, Decision]:
+    async def place(self, tokens: Sequence[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
         """See `Engines.place`."""
         return await self.engines.place(self.model, tokens, avoid)

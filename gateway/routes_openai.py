@@ -10,6 +10,7 @@ from gateway.errors import BadRequest, EngineFailed
 from gateway.keys import ENGINES, SESSION, SETTINGS
 from gateway.relay import end_to_end, relay
 
+
 async def passed_through(request: web.Request) -> web.StreamResponse:
     """Send the request on as it is, and its answer back as it comes."""
     body = await read_body(request, request.app[SETTINGS].max_body_bytes)

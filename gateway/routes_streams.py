@@ -21,6 +21,7 @@ from gateway.holding import on_stream
 from gateway.keys import ENGINES, METRICS, SETTINGS, STREAMS
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
+from gateway.record import Taken
 from gateway.requests import (
     Chunk,
     ChunkPost,
@@ -32,7 +33,6 @@ from gateway.requests import (
     merged,
     read,
 )
-from gateway.record import Taken
 from gateway.settings import Settings
 from gateway.stream import Stream, Tokenized
 

@@ -10,6 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from gateway.routing import POLICIES
+
 ENV_PREFIX = "STREAM2LLM_"
 
 
@@ -29,6 +31,16 @@ class Settings:
     )
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8000, "port to listen on")
+    index: str | None = _setting(
+        None,
+        "URL of the Redis that replicas share, e.g. redis://127.0.0.1:6379/0 (also rediss://, "
+        "redis+sentinel://, redis+cluster://; default: in this process, for a single gateway)",
+    )
+    index_timeout_s: float = _setting(0.5, "longest wait for the index; then without it")
+    advertise: str | None = _setting(
+        None, "URL under which other replicas reach this one (default: host and port)"
+    )
+    routing: str = _setting("prefix", "which engine: " + ", ".join(POLICIES))
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
     max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")
     max_body_bytes: int = _setting(16 << 20, "largest body of any other request")
@@ -47,13 +59,24 @@ class Settings:
         for name in ("idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s"):
             if getattr(self, name) <= 0:
                 raise SettingsError(name, "must be above 0")
+        if self.index_timeout_s <= 0:
+            raise SettingsError("index_timeout_s", "must be above 0")
+        if self.routing not in POLICIES:
+            raise SettingsError("routing", f"must be one of {', '.join(POLICIES)}")
         if not 0 <= self.port < 65536:
             raise SettingsError("port", "must be between 0 and 65535")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError("log_level", "must be debug, info, warning or error")
-        for url in self.engine:
+        for url in (*self.engine, *([self.advertise] if self.advertise else [])):
             if not url.startswith(("http://", "https://")):
-                raise SettingsError("engine", f"{url!r} is no http(s) URL")
+                raise SettingsError(
+                    "engine" if url in self.engine else "advertise", f"{url!r} is no http(s) URL"
+                )
+
+    @property
+    def replica(self) -> str:
+        """URL under which other replicas reach this one."""
+        return (self.advertise or f"http://{self.host}:{self.port}").rstrip("/")
 
 
 class SettingsError(Exception):

@@ -85,9 +85,7 @@ class Stream:
         self.touched_s = self.renewed_s = time.monotonic()
         self.known = KnownDocuments()
         self.options = options
-        self.line = Line(
-            stream_id, placer, lease_s=lease_s, contested=self.keep, metrics=metrics
-        )
+        self.line = Line(stream_id, placer, lease_s=lease_s, contested=self.keep, metrics=metrics)
         self.ledger = Ledger()
         self.served_by: Engine | None = None
         """The last engine it had, once it has ended."""
@@ -356,8 +354,8 @@ class Stream:
         if self.state in ALIVE:
             logger.warning("stream %s is held by another replica now", self.id)
             self._end("moved")
-            error = {"message": "another replica holds the stream", "code": "engine_unavailable"}
-            self._events.put_nowait(ErrorEvent(error=error))
+            self.error = EngineFailed("another replica holds the stream")
+            self._events.put_nowait(ErrorEvent(error={"message": self.error.message}))
 
     async def cancel(self, state: State = "cancelled") -> None:
         """Stop everything and free the engine's memory. No error if it has ended."""

@@ -164,14 +164,17 @@ async def test_what_a_list_moved_waits_until_an_operation_carries_it(stack: Stac
             await asyncio.sleep(0.1)
             moved = await stream.replace([{"id": "b"}, {"id": "a"}])
             assert moved["tokens_received"] == first["tokens_received"]
-            assert stack.app[STREAMS].get(stream.id).waiting_tokens == moved["added"] > 0
+            held = stack.app[STREAMS].find(stream.id)
+            assert held is not None
+            assert held.waiting_tokens == moved["added"] > 0
         finally:
             stack.engine.core.delay_s = lambda: 0.0
 
 
 async def test_posts_take_effect_in_the_order_in_which_they_came(stack: Stack) -> None:
     async with stack.client.stream(MODEL, MESSAGES) as stream:
-        inner = stack.app[STREAMS].get(stream.id)
+        inner = stack.app[STREAMS].find(stream.id)
+        assert inner is not None
         slow, order = asyncio.Event(), []
 
         async def first() -> list[Document]:
@@ -189,7 +192,7 @@ async def test_posts_take_effect_in_the_order_in_which_they_came(stack: Stack) -
         posts.append(asyncio.create_task(inner.add(second, None)))
         await asyncio.sleep(0.01)
         slow.set()
-        assert [taken.seq for taken in await asyncio.gather(*posts)] == [0, 1]
+        assert [seq for seq, _ in await asyncio.gather(*posts)] == [0, 1]
         assert order == ["list", "chunk"]
         assert [d.tokens for d in inner.prompt.documents] == [(7,), (8,)]
 
