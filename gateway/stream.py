@@ -164,14 +164,15 @@ class Stream:
             if seq is not None and 0 <= seq < expected:
                 await self.keep()  # its first try may have been cut off while it was written
                 return seq, self._taken[seq]
-            self._must_be_open()
+            await self._must_be_open()
             if seq is not None and seq != expected:
+                await self.keep(renew=True)
                 raise SequenceGap(
                     f"seq is {seq} where {expected} is next", param="seq", expected_seq=expected
                 )
             self.touched_s = time.monotonic()
             new = await documents()
-            self._must_be_open()
+            await self._must_be_open()
             taken = take(new)
             self._taken.append(taken)
             await self.keep()
@@ -228,7 +229,7 @@ class Stream:
             Moved: another replica holds the stream.
         """
         async with self._taking:  # chunks that are being tokenized belong to the input
-            self._must_be_open()
+            await self._must_be_open()
             self.check_length(self.prompt, options.answer_tokens)
             self.state = "finishing"
             self.touched_s = time.monotonic()
@@ -261,13 +262,17 @@ class Stream:
         alive = self.state in ALIVE
         return self.line.ahead(self.prompt.open_tokens) if alive else 0
 
-    def _must_be_open(self) -> None:
+    async def _must_be_open(self) -> None:
+        """Refuse what comes too late, but not for a stream that goes on at another replica, of
+        which this one may not have heard."""
+        if self.state == "open":
+            return
+        await self.keep(renew=True)
         if self.state == "failed":
             raise self.error or EngineFailed("the stream failed")
         if self.state == "moved":
             raise Moved
-        if self.state != "open":
-            raise InputClosed(f"the stream is {self.state}")
+        raise InputClosed(f"the stream is {self.state}")
 
     # What other replicas know of it.
 
