@@ -103,7 +103,7 @@ local function held_of(key)
       if found[i] == 0 then return held end
       held = held + 1
     end
-    size = math.min(size * 8, {SLICE_NAMES})
+    size = math.min(size * 4, {SLICE_NAMES})
   end
   return held
 end

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from deploy.local import EngineOptions, Server, engine, gateway
+from deploy.local import EngineOptions, Server, engine, gateway, redis_server
 from gateway.client import Client
 
 KV_BLOCKS = 133
@@ -50,6 +50,16 @@ def gateway_server(engine_server: Server) -> Iterator[Server]:
     with gateway([engine_server.url]) as server:
         server.start().wait_ready(60)
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A Redis that all tests share: the one that REDIS_URL names, else one of their own."""
+    if (given := os.environ.get("REDIS_URL")) is not None:
+        yield given
+        return
+    with redis_server() as server:
+        yield server.start().wait_ready(10).url
 
 
 @pytest_asyncio.fixture(scope="session")

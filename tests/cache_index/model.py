@@ -1,0 +1,212 @@
+"""What an index must do, as simply as it can be said; and sequences of operations on one.
+
+Streams, engines and replicas are entries of one dictionary, each with the time at which it ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from hypothesis import strategies as st
+
+from cache_index.index import NAME_BYTES, Change, OutOfOrder, Splice, Stale, StreamRecord
+
+STREAMS, HOLDERS, FAMILIES, ENGINES = ("s1", "s2"), ("g1", "g2"), ("f1", "f2"), ("e1", "e2")
+NAMES = [bytes([n]) * NAME_BYTES for n in range(6)]
+
+
+class Model:
+    def __init__(self) -> None:
+        self.now_s = 0
+        self.entries: dict[tuple[str, ...], tuple[Any, int]] = {}
+
+    def find(self, *key: str) -> Any:
+        value, until_s = self.entries.get(key, (None, 0))
+        return value if until_s > self.now_s else None
+
+    def keep(self, value: Any, lease_s: int, *key: str) -> None:
+        self.entries[key] = (value, self.now_s + lease_s)
+
+    def epoch_and_version(self, stream: str) -> tuple[int, int]:
+        record = self.find(stream)
+        return (record["epoch"], record["version"]) if record else (-1, -1)
+
+    def expected(self, family: str, engine: str) -> int:
+        held = self.find(family, engine)
+        return held["next"] if held else 0
+
+    def get(self, stream: str) -> StreamRecord | None:
+        record = self.find(stream)
+        return StreamRecord(**record) if record else None
+
+    def put(self, stream: str, record: StreamRecord, lease_s: int) -> None:
+        if self.epoch_and_version(stream) >= (record.epoch, record.version):
+            raise self.stale(stream)
+        self.keep(msgspec.structs.asdict(record), lease_s, stream)
+
+    def change(self, stream: str, epoch: int, version: int, change: Change, lease_s: int) -> None:
+        if self.epoch_and_version(stream) != (epoch, version) or epoch < 0:
+            raise self.stale(stream)
+        record = self.find(stream) | {"version": version + 1}
+        for field in ("engine", "state", "about"):
+            if getattr(change, field) is not None:
+                record[field] = getattr(change, field)
+        for field in ("posts", "documents", "tail", "names"):
+            splice = getattr(change, field)
+            kept = list(record[field])[splice.drop :][: splice.keep]
+            record[field] = bytes(kept) + splice.add
+        self.keep(record, lease_s, stream)
+
+    def claim(self, stream: str, epoch: int, holder: str, lease_s: int) -> StreamRecord:
+        old_epoch, version = self.epoch_and_version(stream)
+        if old_epoch != epoch or epoch < 0:
+            raise self.stale(stream)
+        news = {"epoch": epoch + 1, "version": version + 1, "holder": holder}
+        self.keep(self.find(stream) | news, lease_s, stream)
+        return StreamRecord(**self.find(stream))
+
+    def delete(self, stream: str, epoch: int) -> None:
+        if self.epoch_and_version(stream)[0] == epoch:
+            self.entries.pop((stream,), None)
+
+    def stale(self, stream: str) -> Stale:
+        record = self.find(stream)
+        return Stale(*self.epoch_and_version(stream), record["holder"] if record else "")
+
+    def beat(self, replica: str, lease_s: int) -> None:
+        self.keep(True, lease_s, "replica", replica)
+
+    def alive(self, replica: str) -> bool:
+        return self.find("replica", replica) is True
+
+    def longest(self, family: str, names: bytes, engines: list[str]) -> dict[str, int]:
+        counts = {}
+        for engine in engines:
+            held = self.find(family, engine)
+            count = 0
+            for name in split(names):
+                if held is None or name not in held["names"]:
+                    break
+                count += 1
+            counts[engine] = count
+        return counts
+
+    def apply(
+        self, family: str, engine: str, instance: str, first: int, after: int,
+        stored: bytes, removed: bytes, lease_s: int,
+    ) -> None:  # fmt: skip
+        held = self.find(family, engine)
+        if held is None or held["instance"] != instance:
+            raise OutOfOrder(None)
+        if held["next"] != first:
+            raise OutOfOrder(held["next"])
+        names = (held["names"] | set(split(stored))) - set(split(removed))
+        self.keep({"instance": instance, "next": after, "names": names}, lease_s, family, engine)
+
+    def rebuild(
+        self, family: str, engine: str, instance: str, after: int, names: bytes, lease_s: int
+    ) -> None:
+        held = {"instance": instance, "next": after, "names": set(split(names))}
+        self.keep(held, lease_s, family, engine)
+
+    def drop(self, family: str, engine: str) -> None:
+        self.entries.pop((family, engine), None)
+
+
+def split(names: bytes) -> list[bytes]:
+    return [names[i : i + NAME_BYTES] for i in range(0, len(names), NAME_BYTES)]
+
+
+def near(number: int) -> st.SearchStrategy[int]:
+    """Mostly the number itself."""
+    return st.sampled_from([number] * 6 + [number - 1, number + 1]).map(lambda n: max(n, 0))
+
+
+leases_s = st.sampled_from([100, 200, 300])
+streams, holders = st.sampled_from(STREAMS), st.sampled_from(HOLDERS)
+families, engines = st.sampled_from(FAMILIES), st.sampled_from(ENGINES)
+instances = st.sampled_from(["i1", "i1", "i1", "i2"])
+some_bytes = st.binary(max_size=12)
+names = st.lists(st.sampled_from(NAMES), unique=True)
+splices = st.builds(
+    Splice,
+    drop=st.integers(0, 9),
+    keep=st.none() | st.integers(0, 9),
+    add=st.binary(max_size=9),
+) | st.just(Splice())
+changes = st.builds(
+    Change,
+    engine=st.none() | st.text(max_size=3),
+    state=st.none() | st.sampled_from(["open", "finished"]),
+    about=st.none() | some_bytes,
+    posts=splices,
+    documents=splices,
+    tail=splices,
+    names=splices,
+)
+records = st.builds(
+    StreamRecord,
+    epoch=st.integers(0, 3),
+    version=st.integers(0, 4),
+    holder=holders,
+    engine=st.text(max_size=3),
+    state=st.just("open"),
+    about=some_bytes,
+    posts=some_bytes,
+    documents=some_bytes,
+    tail=some_bytes,
+    names=some_bytes,
+)
+
+Call = tuple[str, tuple[Any, ...]]
+"""Name of a method, and its arguments."""
+
+
+@st.composite
+def next_call(draw: st.DrawFn, model: Model) -> Call:
+    """A call that is mostly one the model would take now; `advance` lets time pass."""
+    match method := draw(st.sampled_from(METHODS)):
+        case "get":
+            return method, (draw(streams),)
+        case "put":
+            return method, (draw(streams), draw(records), draw(leases_s))
+        case "change":
+            epoch, version = model.epoch_and_version(stream := draw(streams))
+            numbers = (draw(near(epoch)), draw(near(version)))
+            return method, (stream, *numbers, draw(changes), draw(leases_s))
+        case "claim":
+            epoch, _ = model.epoch_and_version(stream := draw(streams))
+            return method, (stream, draw(near(epoch)), draw(holders), draw(leases_s))
+        case "delete":
+            epoch, _ = model.epoch_and_version(stream := draw(streams))
+            return method, (stream, draw(near(epoch)))
+        case "beat":
+            return method, (draw(holders), draw(leases_s))
+        case "alive":
+            return method, (draw(holders),)
+        case "longest":
+            wanted = b"".join(draw(names))
+            return method, (draw(families), wanted, draw(st.permutations(ENGINES)))
+        case "apply":
+            family, engine = draw(families), draw(engines)
+            first = draw(near(model.expected(family, engine)))
+            stored = draw(names)
+            removed = [name for name in draw(names) if name not in stored]
+            after = first + draw(st.integers(0, 3))
+            both = (b"".join(stored), b"".join(removed))
+            return method, (family, engine, draw(instances), first, after, *both, draw(leases_s))
+        case "rebuild":
+            held = b"".join(draw(names))
+            place = (draw(families), draw(engines), draw(instances))
+            return method, (*place, draw(st.integers(0, 3)), held, draw(leases_s))
+        case "drop":
+            return method, (draw(families), draw(engines))
+        case _:
+            return method, (draw(st.sampled_from([40, 90, 130])),)
+
+
+METHODS = [
+    *("get", "put", "put", "change", "change", "change", "claim", "delete", "beat", "alive"),
+    *("longest", "longest", "apply", "apply", "apply", "rebuild", "rebuild", "drop", "advance"),
+]
