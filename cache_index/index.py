@@ -148,8 +148,8 @@ class ReplicaIndex(Protocol):
             Whether it was known to be alive: if not, the index may have forgotten more.
         """
 
-    async def alive(self, replica: str) -> bool:
-        """Whether it said so."""
+    async def replicas(self) -> set[str]:
+        """Those that are."""
 
 
 class BlockIndex(Protocol):

@@ -34,6 +34,9 @@ class Leased(Generic[V]):
             self._entries = {k: e for k, e in self._entries.items() if now_s < e[1]}
         self._entries[key] = (value, self._clock() + lease_s)
 
+    def keys(self) -> set[str]:
+        return {key for key in list(self._entries) if self.get(key) is not None}
+
     def pop(self, key: str) -> None:
         self._entries.pop(key, None)
 
@@ -99,8 +102,8 @@ class MemoryIndex:
         self._replicas.put(replica, True, lease_s)
         return known
 
-    async def alive(self, replica: str) -> bool:
-        return self._replicas.get(replica) is not None
+    async def replicas(self) -> set[str]:
+        return self._replicas.keys()
 
     async def longest(self, family: str, names: bytes, engines: Sequence[str]) -> Mapping[str, int]:
         wanted = split(names)

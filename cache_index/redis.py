@@ -20,8 +20,20 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from cache_index.index import Change, IndexUnavailable, OutOfOrder, Splice, Stale, StreamRecord
-from cache_index.scripts import APPLY, CHANGE, CLAIM, DELETE, LONGEST, PUT, REBUILD, Script
+from cache_index.scripts import (
+    ALIVE,
+    APPLY,
+    BEAT,
+    CHANGE,
+    CLAIM,
+    DELETE,
+    LONGEST,
+    PUT,
+    REBUILD,
+    Script,
+)
 
+REPLICAS = "s2l:replicas"
 FIELDS = StreamRecord.__struct_fields__
 REPLACED = ("engine", "state", "about")
 SPLICED = ("posts", "documents", "tail", "names")
@@ -89,11 +101,10 @@ class RedisIndex:
         await self._run(DELETE, [record_key(stream_id)], epoch)
 
     async def beat(self, replica: str, lease_s: float) -> bool:
-        before = await self._ask("SET", replica_key(replica), "1", "PX", ms(lease_s), "GET")
-        return before is not None
+        return bool(await self._run(BEAT, [REPLICAS], replica, ms(lease_s)))
 
-    async def alive(self, replica: str) -> bool:
-        return bool(await self._ask("EXISTS", replica_key(replica)))
+    async def replicas(self) -> set[str]:
+        return {url.decode() for url in await self._run(ALIVE, [REPLICAS])}
 
     async def longest(self, family: str, names: bytes, engines: Sequence[str]) -> Mapping[str, int]:
         if not engines:
@@ -162,6 +173,9 @@ def connect(url: str, timeout_s: float, connect_timeout_s: float) -> Client:
         "socket_timeout": timeout_s,
         "socket_connect_timeout": connect_timeout_s,
         "retry": Retry(NoBackoff(), 0),
+        # A connection that begins without talking about itself is one round trip sooner ready.
+        "driver_info": None,
+        "protocol": 2,
     }
     parts = urlsplit(url)
     if parts.scheme == "redis+cluster":
@@ -196,10 +210,6 @@ def credentials(parts: SplitResult) -> dict[str, Any]:
 
 def record_key(stream_id: str) -> str:
     return f"s2l:{{{stream_id}}}"
-
-
-def replica_key(replica: str) -> str:
-    return f"s2l:replica:{replica}"
 
 
 def blocks_key(family: str, engine: str) -> str:

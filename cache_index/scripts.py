@@ -157,3 +157,24 @@ redis.call('PEXPIRE', KEYS[2], ARGV[4])
 """
 )
 """KEYS: set of names, what it is of. ARGV: instance, next batch, names, lease."""
+
+NOW_MS = """
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+BEAT = Script(
+    NOW_MS
+    + """
+local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
+redis.call('ZADD', KEYS[1], now_ms + ARGV[2], ARGV[1])
+if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return (before and tonumber(before) > now_ms) and 1 or 0
+"""
+)
+"""KEYS: replicas by the time at which their leases end. ARGV: replica, lease. Returns 1 if it was
+alive already."""
+
+ALIVE = Script(NOW_MS + "return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now_ms, '+inf')")
+"""KEYS: replicas by the time at which their leases end. Returns those that are alive."""

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 FORWARDED = "X-Stream2llm-Forwarded"
 """On a request that another replica sent on: it is not sent on again."""
 MAX_ATTEMPTS = 5
+ASKING_S = 2.0
+"""How long another replica may take to say whether it has a stream."""
 WATCH_S = 0.5
 """How often a replica that does not answer is looked up."""
 
@@ -74,10 +76,11 @@ def on_stream(
                     found = await _find(request)
                     if isinstance(found, Stream):
                         return await handler(request, found, body)
+                    holder = found if isinstance(found, str) else found.holder
                     try:
-                        return await _send_on(request, body, found.holder)
+                        return await _send_on(request, body, holder)
                     except HolderGone as gone:
-                        if gone.heard and not repeatable(body):
+                        if isinstance(found, str) or (gone.heard and not repeatable(body)):
                             raise EngineFailed("the replica that held the stream died") from gone
                         await _take_over(request.app, request.match_info["id"], found)
             raise IndexAway("the stream moves between replicas")
@@ -87,8 +90,8 @@ def on_stream(
     return decorate
 
 
-async def _find(request: web.Request) -> Stream | StreamRecord:
-    """The stream, if it is held here; otherwise its record.
+async def _find(request: web.Request) -> Stream | StreamRecord | str:
+    """The stream, if it is held here; otherwise its record, or the replica that has it.
 
     Raises:
         StreamNotFound, IndexAway, NotHeld
@@ -100,13 +103,39 @@ async def _find(request: web.Request) -> Stream | StreamRecord:
         return stream
     record = await app[KEEPER].find(stream_id)
     if record is None:
-        raise StreamNotFound(f"no stream {stream_id!r}")
+        return await _asked_around(request)
     if record.holder == app[KEEPER].replica:  # before it was started anew
         await _take_over(app, stream_id, record)
         raise Moved
     if FORWARDED in request.headers:
         raise NotHeld(f"{stream_id!r} is held by another replica")
     return record
+
+
+async def _asked_around(request: web.Request) -> str:
+    """The replica that holds a stream of which the index knows nothing. A replica that could not
+    reach the index has streams that are not in it.
+
+    Raises:
+        StreamNotFound, IndexAway
+    """
+    app, stream_id = request.app, request.match_info["id"]
+    if FORWARDED not in request.headers:
+        others = sorted(await app[KEEPER].others())
+        has = await asyncio.gather(*(_has(app, replica, stream_id) for replica in others))
+        for replica, yes in zip(others, has, strict=True):
+            if yes:
+                return replica
+    raise StreamNotFound(f"no stream {stream_id!r}")
+
+
+async def _has(app: web.Application, replica: str, stream_id: str) -> bool:
+    url, headers = f"{replica}/v1/streams/{stream_id}", {FORWARDED: app[KEEPER].replica}
+    timeout = aiohttp.ClientTimeout(total=ASKING_S)
+    with suppress(aiohttp.ClientError, TimeoutError):
+        async with app[SESSION].get(url, headers=headers, timeout=timeout) as answer:
+            return answer.status == 200
+    return False
 
 
 # Sending on.
@@ -152,8 +181,9 @@ async def _watched(
             await asyncio.wait([sending], timeout=WATCH_S)
             if sending.done():
                 return sending.result()
-            if not await keeper.alive(holder):
-                raise HolderGone(heard=True)
+            with suppress(IndexAway):
+                if holder not in await keeper.others():
+                    raise HolderGone(heard=True)
     finally:
         sending.cancel()
 

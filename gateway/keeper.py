@@ -169,12 +169,16 @@ class Keeper:
         except IndexUnavailable as e:
             raise IndexAway("the index of streams can't be reached") from e
 
-    async def alive(self, replica: str) -> bool:
-        """Whether another replica is alive, as far as the index knows."""
+    async def others(self) -> set[str]:
+        """The other replicas that are alive, as far as the index knows.
+
+        Raises:
+            IndexAway
+        """
         try:
-            return await self._guard.call(lambda: self._index.alive(replica))
-        except IndexUnavailable:
-            return True
+            return await self._guard.call(self._index.replicas) - {self.replica}
+        except IndexUnavailable as e:
+            raise IndexAway("the index of replicas can't be reached") from e
 
     # This replica.
 

@@ -74,11 +74,13 @@ class Model:
         record = self.find(stream)
         return Stale(*self.epoch_and_version(stream), record["holder"] if record else "")
 
-    def beat(self, replica: str, lease_s: int) -> None:
+    def beat(self, replica: str, lease_s: int) -> bool:
+        known = self.find("replica", replica) is True
         self.keep(True, lease_s, "replica", replica)
+        return known
 
-    def alive(self, replica: str) -> bool:
-        return self.find("replica", replica) is True
+    def replicas(self) -> set[str]:
+        return {key[1] for key in list(self.entries) if key[0] == "replica" and self.find(*key)}
 
     def longest(self, family: str, names: bytes, engines: list[str]) -> dict[str, int]:
         counts = {}
@@ -183,8 +185,8 @@ def next_call(draw: st.DrawFn, model: Model) -> Call:
             return method, (stream, draw(near(epoch)))
         case "beat":
             return method, (draw(holders), draw(leases_s))
-        case "alive":
-            return method, (draw(holders),)
+        case "replicas":
+            return method, ()
         case "longest":
             wanted = b"".join(draw(names))
             return method, (draw(families), wanted, draw(st.permutations(ENGINES)))
@@ -207,6 +209,6 @@ def next_call(draw: st.DrawFn, model: Model) -> Call:
 
 
 METHODS = [
-    *("get", "put", "put", "change", "change", "change", "claim", "delete", "beat", "alive"),
+    *("get", "put", "put", "change", "change", "change", "claim", "delete", "beat", "replicas"),
     *("longest", "longest", "apply", "apply", "apply", "rebuild", "rebuild", "drop", "advance"),
 ]

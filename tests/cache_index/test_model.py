@@ -31,6 +31,11 @@ for _, key in ipairs(redis.call('KEYS', ARGV[1])) do
   if left_ms < 0 then endless = endless + 1 end
   redis.call('PEXPIRE', key, left_ms - ARGV[2] * 1000)
 end
+for _, replica in ipairs(redis.call('ZRANGE', 's2l:replicas', 0, -1)) do
+  if string.find(replica, ARGV[3], 1, true) then
+    redis.call('ZINCRBY', 's2l:replicas', -ARGV[2] * 1000, replica)
+  end
+end
 return endless
 """
 
@@ -45,9 +50,12 @@ class InRedis:
     async def do(self, method: str, args: tuple[Any, ...]) -> Any:
         if method == "advance":
             pattern = f"*{self.prefix}*"
-            endless = await self.index._client.eval(PASS, 0, pattern, args[0])
+            endless = await self.index._client.eval(PASS, 0, pattern, args[0], self.prefix)
             assert endless == 0, "a key without a lease"
             return None
+        if method == "replicas":
+            mine = {r for r in await self.index.replicas() if r.startswith(self.prefix)}
+            return {replica.removeprefix(self.prefix) for replica in mine}
         return await getattr(self.index, method)(self.prefix + args[0], *args[1:])
 
 
