@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cache_index.index import Change, IndexUnavailable, OutOfOrder, Splice, Stale, StreamRecord
 from cache_index.redis import RedisIndex, blocks_key
@@ -121,12 +123,32 @@ async def test_of_many_blocks_none_is_lost_between_slices(redis_url: str) -> Non
     names = [os.urandom(8) for _ in range(3000)]
     async with opened(redis_url) as index:
         await index.rebuild(family, "e", "i", 0, b"".join(names[:2999]), 60)
-        assert await index.longest(family, b"".join(names), ["e", "none"]) == {"e": 2999, "none": 0}
-        stored, removed = b"".join(names[2999:]), b"".join(names[1700:2300])
-        await index.apply(family, "e", "i", 0, 1, stored, removed, 60)
-        assert await index.longest(family, b"".join(names), ["e"]) == {"e": 1700}
-        assert await index.longest(family, b"".join(names[2300:]), ["e"]) == {"e": 700}
+        await index.apply(
+            family, "e", "i", 0, 1, b"".join(names[2999:]), b"".join(names[1700:2300]), 60
+        )
+        held = [(await index.longest(family, name, ["e"]))["e"] for name in names]
+        assert held == [1] * 1700 + [0] * 600 + [1] * 700
         await index.drop(family, "e")
+
+
+@given(
+    wanted=st.integers(0, 1000),
+    held=st.lists(st.integers(0, 1000) | st.integers(0, 24), min_size=1, max_size=8),
+)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+async def test_the_longest_prefix_of_prompts_of_all_lengths(
+    redis_url: str, wanted: int, held: list[int]
+) -> None:
+    family = uuid.uuid4().hex
+    names = b"".join(n.to_bytes(8, "big") for n in range(1000))
+    expected = {f"e{n}": min(count, wanted) for n, count in enumerate(held)}
+    async with opened(redis_url) as index:
+        for engine, count in zip(expected, held, strict=True):
+            await index.rebuild(family, engine, "i", 0, names[: 8 * count], 60)
+        found = await index.longest(family, names[: 8 * wanted], list(expected))
+        for engine in expected:
+            await index.drop(family, engine)
+    assert found == expected
 
 
 async def test_blocks_that_redis_evicted_are_asked_for_anew(index: RedisIndex) -> None:
