@@ -162,7 +162,9 @@ class BlockIndex(Protocol):
     async def longest(self, family: str, names: bytes, engines: Sequence[str]) -> Mapping[str, int]:
         """How many of these names, from the first without a gap, each engine holds.
 
-        One round trip, whatever the number of engines and blocks.
+        One round trip, whatever the number of engines and blocks. A gap far from the beginning,
+        with names held behind it, may be overlooked: engines hardly ever have one, since they
+        give up the end of a prompt before its beginning.
 
         Returns:
             A count for every engine asked about, 0 if nothing is known of it.
