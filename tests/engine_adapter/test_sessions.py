@@ -382,7 +382,7 @@ async def test_no_operation_is_answered_by_anything_but_its_answer_or_a_typed_er
                 case "status":
                     await sessions.status(prompt_id)
                 case "tokens":
-                    assert 0 < len((await sessions.tokens(prompt_id)).tokens)
+                    assert len((await sessions.tokens(prompt_id)).tokens) > 0
         except EngineError as e:
             statuses.add(e.status)
         for held in core.tokens.values():
