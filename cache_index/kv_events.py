@@ -216,8 +216,7 @@ class Follower:
         mirror.told(news.after)
 
     async def _tell_whole(self, mirror: Mirror) -> None:
-        after, names = mirror.next_batch, mirror.names
-        mirror.told(after)  # and what comes meanwhile is remembered
+        after, names = mirror.tell_all()
         try:
             await self._index.rebuild(
                 self._family, self._engine, mirror.instance, after, names, self._lease_s

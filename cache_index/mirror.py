@@ -51,11 +51,6 @@ class Mirror:
         self._untold: deque[tuple[int, dict[int, bool]]] = deque()
         self._untold_names = 0
 
-    @property
-    def names(self) -> bytes:
-        """All names that are held, each once."""
-        return packed(self._copies)
-
     def take(self, batch: Batch) -> None:
         """Take in the next batch."""
         assert batch.number == self.next_batch, "batches are taken one after another"
@@ -111,9 +106,19 @@ class Mirror:
 
     def told(self, after: int) -> None:
         """The index has all batches before this one, from us or from another."""
-        self.told_whole, self._told = True, after
+        if not self.told_whole:
+            return  # too much was to be told meanwhile
+        self._told = after
         while self._untold and self._untold[0][0] < after:
             self._untold_names -= len(self._untold.popleft()[1])
+
+    def tell_all(self) -> tuple[int, bytes]:
+        """The batch that is next and all names, which the index is being told now.
+
+        What comes from now on is news. If it does not get there: `tell_whole`.
+        """
+        self.told_whole, self._told = True, self.next_batch
+        return self._told, packed(self._copies)
 
     def tell_whole(self) -> None:
         """The index must be told anew of all that is held."""
