@@ -92,6 +92,18 @@ class Batch:
     events: list[Event]
 
 
+_decoder = msgspec.msgpack.Decoder(_Batch)
+
+
+def read(number: bytes, payload: bytes) -> Batch:
+    """A batch as it was published.
+
+    Raises:
+        msgspec.DecodeError: it can't be read.
+    """
+    return Batch(int.from_bytes(number, "big"), _decoder.decode(payload).events)
+
+
 def name_of(block_hash: int | bytes) -> int:
     """A block's name as a number: vLLM publishes the hash, or its last 8 bytes as a number."""
     if isinstance(block_hash, bytes):
@@ -134,7 +146,6 @@ class EventStream:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._decoder = msgspec.msgpack.Decoder(_Batch)
         self._last = -1
 
     async def __aenter__(self) -> Self:
@@ -188,14 +199,11 @@ class EventStream:
         if self._sub not in ready:
             return None
         _, number, payload = await self._sub.recv_multipart()
-        batch = self._batch(number, payload)
+        batch = read(number, payload)
         if batch.number <= self._last:
             raise ConnectionLost("the numbers begin anew")
         self._last = batch.number
         return batch
-
-    def _batch(self, number: bytes, payload: bytes) -> Batch:
-        return Batch(int.from_bytes(number, "big"), self._decoder.decode(payload).events)
 
     async def replay(self, first: int) -> AsyncGenerator[Batch, None]:
         """What the engine still has from this batch on, in order. Numbers may be missing.
@@ -213,7 +221,7 @@ class EventStream:
                 *_, number, payload = await socket.recv_multipart()
                 if number == END_OF_REPLAY:
                     return
-                yield self._batch(number, payload)
+                yield read(number, payload)
         finally:
             socket.close(linger=0)
 
