@@ -156,9 +156,6 @@ class EventStream:
         """
         self._sub = _socket(zmq.SUB)
         self._monitor = self._sub.get_monitor_socket()
-        self._poller = zmq.asyncio.Poller()
-        self._poller.register(self._sub, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
         try:
             self._sub.subscribe(self._source.topic)
             self._sub.connect(self._source.endpoint)
@@ -186,6 +183,16 @@ class EventStream:
             raise ConnectionLost(f"{self._source.endpoint} is closed")
         return event
 
+    async def _arrived(self, socket: zmq.asyncio.Socket, within_s: float) -> bool:
+        """Whether a message comes in time, as long as the engine is there."""
+        poller = zmq.asyncio.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        ready = dict(await poller.poll(round(within_s * 1000)))
+        if self._monitor in ready:
+            await self._monitor_event()
+        return socket in ready
+
     async def next(self, within_s: float) -> Batch | None:
         """The next batch that arrives, numbers may be missing; None if none comes in time.
 
@@ -193,10 +200,7 @@ class EventStream:
             ConnectionLost
             msgspec.DecodeError: the batch can't be read.
         """
-        ready = dict(await self._poller.poll(round(within_s * 1000)))
-        if self._monitor in ready:
-            await self._monitor_event()
-        if self._sub not in ready:
+        if not await self._arrived(self._sub, within_s):
             return None
         _, number, payload = await self._sub.recv_multipart()
         batch = read(number, payload)
@@ -210,6 +214,10 @@ class EventStream:
 
         To be closed by whoever reads it. Ends early if the engine does not go on in time; gives
         nothing where nothing can be asked.
+
+        Raises:
+            ConnectionLost
+            msgspec.DecodeError: a batch can't be read.
         """
         if self._source.replay_endpoint is None:
             return
@@ -217,7 +225,7 @@ class EventStream:
         try:
             socket.connect(self._source.replay_endpoint)
             await socket.send_multipart([b"", first.to_bytes(NUMBER_BYTES, "big")])
-            while await socket.poll(round(REPLAY_S * 1000)):
+            while await self._arrived(socket, REPLAY_S):
                 *_, number, payload = await socket.recv_multipart()
                 if number == END_OF_REPLAY:
                     return

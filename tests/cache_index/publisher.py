@@ -67,9 +67,15 @@ def removed(*hashes: int | bytes, **others: Any) -> BlockRemoved:
 class PublishedEngine:
     """Holds blocks, as copies of names, and publishes what becomes of them."""
 
-    def __init__(self, buffer_batches: int = 10_000, replay: bool = True) -> None:
-        place = f"ipc://@stream2llm-test-{os.getpid()}-{next(_numbers)}"
-        self.source = Source(place, place + "-replay" if replay else None, "kv")
+    def __init__(
+        self, buffer_batches: int = 10_000, replay: bool = True, endpoint: str | None = None
+    ) -> None:
+        """
+        Args:
+            endpoint: to bind both sockets to, if it is free for any number of them.
+        """
+        place = endpoint or f"ipc://@stream2llm-test-{os.getpid()}-{next(_numbers)}"
+        self.source = Source(place, (endpoint or place + "-replay") if replay else None, "kv")
         self.can_say = True
         self.snapshots = 0
         self._buffer_batches = buffer_batches
@@ -93,6 +99,8 @@ class PublishedEngine:
             except zmq.ZMQError:  # the address is not free yet
                 assert time.monotonic() < deadline_s, "can't bind"
                 time.sleep(0.01)
+        bound = self._publisher.get_publisher_config()
+        self.source = Source(bound.endpoint, bound.replay_endpoint, bound.topic)
         self._socket = self._publisher._pub = LossySocket(self._publisher._pub)
 
     def stop(self) -> None:
@@ -118,6 +126,10 @@ class PublishedEngine:
         self.batches += 1
         self._socket.to_lose += lose
         self._publisher.publish(KVEventBatch(ts=time.time(), events=list(events)))
+
+    async def all_sent(self) -> bool:
+        """Whether the publisher's thread has sent, or lost, all batches."""
+        return bool(self._publisher._event_queue.unfinished_tasks == 0)
 
     @property
     def held(self) -> set[int]:
