@@ -256,6 +256,8 @@ class EngineOptions:
     """None for a free one."""
     policy: str | None = None
     """In which order requests are computed; None for the plug-in's default."""
+    kv_events: bool = False
+    """Publish what becomes of its KV blocks, for processes of this machine; `info` says where."""
     plugin: bool = True
     """False for vLLM alone, without a plug-in of any kind."""
     module: str = "vllm.entrypoints.openai.api_server"
@@ -298,8 +300,21 @@ def engine(options: EngineOptions | None = None) -> Server:
     if options.policy is not None:
         settings = {"stream2llm": {"policy": options.policy}}
         command += ["--additional-config", json.dumps(settings)]
+    if options.kv_events:
+        command += ["--kv-events-config", json.dumps(_kv_events(port))]
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
+
+
+def _kv_events(port: int) -> dict[str, object]:
+    """vLLM binds TCP only to all interfaces, and the events tell tokens. So: Linux's abstract
+    Unix sockets, which leave no file behind."""
+    place = f"ipc://@stream2llm-{port}"
+    return {
+        "enable_kv_cache_events": True,
+        "endpoint": f"{place}-events",
+        "replay_endpoint": f"{place}-replay",
+    }
 
 
 def is_cpu_build() -> bool:

@@ -48,7 +48,7 @@ class History:
         return source[: self.random.randint(0, max(room, 0))]
 
     def act(self) -> None:
-        actions = [self.do_step] * 4 + [self.do_open, self.do_plain]
+        actions = [self.do_step] * 4 + [self.do_open, self.do_plain, self.do_ask_for_the_load]
         if self.open:
             actions += [self.do_extend] * 4 + [self.do_update] * 2 + [self.do_finish] * 2
             actions += [self.do_close, self.switch_policy]
@@ -63,6 +63,9 @@ class History:
 
     def do_step(self) -> None:
         self.engine.step()
+
+    def do_ask_for_the_load(self) -> None:
+        assert int(self.engine.scheduler.load()["waiting_tokens"]) >= 0
 
     def do_open(self) -> None:
         prompt_id = self.new_id()
