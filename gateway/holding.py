@@ -216,7 +216,9 @@ async def _taken_over(app: web.Application, stream_id: str, record: StreamRecord
     found = records.read(record)
     engine = app[ENGINES].by_url(record.engine)
     has = await _what_is_there(engine, found.about.prompt_id)
-    prompt = found.prompt([] if has is None else has.tokens)
+    prompt = found.prompt(
+        [] if has is None else has.tokens, None if engine is None else engine.hashing
+    )
     placer = ModelPlacer(app[ENGINES], found.about.model)
     ledger = Ledger(record.epoch, record.version)
     stream = app[STREAMS].adopt(stream_id, found, prompt, placer, ledger)

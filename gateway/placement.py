@@ -71,6 +71,9 @@ class Prefixes(Protocol):
         """How many tokens at the front of a prompt each engine has the KV of, by its URL. Engines
         of which nothing is known are left out."""
 
+    def sent(self, engine: Engine, tokens: Sequence[int]) -> None:
+        """A prompt that begins with these tokens is on its way to an engine."""
+
 
 class Engines:
     """All engines, each watched by a task. `lost` is called when one is gone or was restarted:
@@ -162,6 +165,8 @@ class Engines:
         engine = fit[candidates.index(best)]
         self._placed += 1
         engine.placed_tokens += len(tokens) - held.get(engine.url, 0)
+        if held:
+            self._prefixes.sent(engine, tokens)
         return engine, Decision(self.policy, engine.url, len(tokens), scores)
 
     def any(self) -> Engine:

@@ -17,6 +17,7 @@ import msgspec
 import orjson
 
 from cache_index.index import Change, Splice, StreamRecord
+from cache_index.names import Hashing, packed
 from gateway.errors import EngineFailed
 from gateway.prompt import Document, Prompt, Tokens
 from gateway.requests import Options
@@ -71,6 +72,8 @@ class Kept:
     """Tokens at the front that the engine has for certain; 0 puts all into the record."""
     rewrites: int
     """How often the documents were replaced so far."""
+    names: bytes
+    """Of the prompt's whole blocks."""
 
 
 @dataclass(slots=True)
@@ -97,6 +100,7 @@ class Ledger:
             posts=_lines(now.taken),
             documents=_documents(prompt.documents),
             tail=pack(prompt.open_tokens[now.confirmed :]),
+            names=now.names,
         )
 
     def change(self, now: Kept) -> Change:
@@ -116,6 +120,7 @@ class Ledger:
             posts=posts,
             documents=documents,
             tail=tail,
+            names=_renamed(before.names, now.names),
         )
 
     @staticmethod
@@ -129,6 +134,12 @@ class Ledger:
         return Splice(add=_documents(new)), tail
 
 
+def _renamed(before: bytes, now: bytes) -> Splice:
+    if now.startswith(before):
+        return Splice(add=now[len(before) :])
+    return Splice(keep=0, add=now)
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A stream as its record says."""
@@ -138,6 +149,7 @@ class Found:
     documents: list[tuple[int, str | None]]
     """Length in tokens, and name, of each."""
     tail: list[int]
+    names: bytes
 
     @property
     def confirmed(self) -> int:
@@ -145,15 +157,20 @@ class Found:
         lengths = (length for length, _ in self.documents)
         return self.about.head_tokens + sum(lengths) - len(self.tail)
 
-    def prompt(self, engine_has: Sequence[int]) -> Prompt:
+    def prompt(self, engine_has: Sequence[int], hashing: Hashing | None) -> Prompt:
         """The prompt, with what the engine has of it.
 
+        Args:
+            hashing: how the names were made, if that is known; then they are compared.
+
         Raises:
-            EngineFailed: that is not enough.
+            EngineFailed: that is not enough, or not what it should be.
         """
         if len(engine_has) < self.confirmed:
             raise EngineFailed("the engine no longer has the beginning of this stream's prompt")
         tokens = [*engine_has[: self.confirmed], *self.tail]
+        if self.names and hashing is not None and packed(hashing.chain(tokens)) != self.names:
+            raise EngineFailed("the engine has another prompt than this stream's")
         place = self.about.head_tokens
         documents = []
         for length, name in self.documents:
@@ -170,6 +187,7 @@ def read(record: StreamRecord) -> Found:
         taken=[msgspec.convert(line, Taken) for line in _unlines(record.posts)],
         documents=[(length, name) for length, name in _unlines(record.documents)],
         tail=list(unpack(record.tail)),
+        names=record.names,
     )
 
 

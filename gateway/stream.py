@@ -29,6 +29,7 @@ from engine_adapter.messages import (
     Sampling,
     TokenEvent,
 )
+from gateway.chain import BlockChain
 from gateway.errors import (
     ContextTooLong,
     EngineFailed,
@@ -96,6 +97,7 @@ class Stream:
         self._ended = ended
         self._taken: list[Taken] = []  # the answer to each post, by its seq
         self._rewrites = 0
+        self._chain: BlockChain | None = None
         self._taking = asyncio.Lock()
         self._changed = asyncio.Event()
         self._changed.set()  # the head is there to be read
@@ -187,6 +189,8 @@ class Stream:
         prompt = self.prompt.with_documents(new)
         self.check_length(prompt)
         self.prompt = prompt
+        if self._chain is not None:
+            self._chain.append([token for document in new for token in document.tokens])
         self.known.add(new)
         self._metrics.chunks.inc(len(new))
         self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
@@ -195,11 +199,13 @@ class Stream:
     def _replace(self, documents: list[Document]) -> Taken:
         prompt = self.prompt.with_only(documents)
         self.check_length(prompt, param="documents")
-        before = self.prompt.open_tokens
-        kept, added = difference(before, prompt.open_tokens)
+        before, after = self.prompt.open_tokens, prompt.open_tokens
+        kept, added = difference(before, after)
         invalidated = len(before) - kept
         self.prompt = prompt
         self.line.rewritten(kept)
+        if self._chain is not None:
+            self._chain.rewrite(after, kept)
         self._rewrites += 1
         self.known.replace(documents)
         self._metrics.lists.inc()
@@ -336,7 +342,17 @@ class Stream:
             # An engine may drop a closed prompt with its answer: then the record needs it all.
             confirmed=self.line.confirmed if self.state == "open" else 0,
             rewrites=self._rewrites + ended,
+            names=b"" if ended else self._block_names(),
         )
+
+    def _block_names(self) -> bytes:
+        """Of its prompt's whole blocks, as its engine names them; none before it has one."""
+        hashing = None if self.line.engine is None else self.line.engine.hashing
+        if hashing is None:
+            return b""
+        if self._chain is None or self._chain.hashing != hashing:
+            self._chain = BlockChain(hashing, self.prompt.open_tokens)
+        return self._chain.names
 
     def resume(self, taken: Sequence[Taken], created_s: float, ledger: Ledger) -> None:
         """Be the stream that another replica held."""
