@@ -3,7 +3,8 @@
 Everything is counted in tokens that have to be computed before this prompt's first token can
 come, so the weights need no tuning to one machine:
 
-- `missing`: tokens of the prompt that the engine does not hold.
+- `missing`: tokens of the prompt that the engine does not hold, times `MISSING_WEIGHT`: computing
+  them delays this prompt and then whoever comes behind it.
 - `queued`: tokens that others wait for there.
 - `running`: answers under way, each of which takes a token of every step; `RUNNING_TOKENS` each.
 - `memory`: `FULL_TOKENS` times the square of the share of KV blocks in use. Nearly nothing on an
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+MISSING_WEIGHT = 2
 RUNNING_TOKENS = 32
 FULL_TOKENS = 2048
 
@@ -43,13 +45,11 @@ class Score:
 
     held: int
     missing: int
+    """Before it is weighted."""
     queued: int
     running: int
     memory: int
-
-    @property
-    def total(self) -> int:
-        return self.missing + self.queued + self.running + self.memory
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,11 @@ POLICIES: Mapping[str, Policy] = {
 def score(candidate: Candidate, prompt_tokens: int, *, use_held: bool) -> Score:
     """What a prompt would wait for on one engine."""
     held = min(candidate.held_tokens, prompt_tokens) if use_held else 0
-    return Score(
-        held=held,
-        missing=prompt_tokens - held,
-        queued=candidate.waiting_tokens,
-        running=RUNNING_TOKENS * candidate.running,
-        memory=round(FULL_TOKENS * candidate.kv_use**2),
-    )
+    missing = prompt_tokens - held
+    running = RUNNING_TOKENS * candidate.running
+    memory = round(FULL_TOKENS * candidate.kv_use**2)
+    total = MISSING_WEIGHT * missing + candidate.waiting_tokens + running + memory
+    return Score(held, missing, candidate.waiting_tokens, running, memory, total)
 
 
 def _least(

@@ -32,6 +32,8 @@ class FakeCore:
     prefill_s: Callable[[list[int]], float] = lambda tokens: 0.0
     """From closing the input, which is these tokens, to the first token."""
     kv_blocks: int = 100_000
+    publishes: Mapping[str, Any] = field(default_factory=dict)
+    """What it says of its KV events, of which it has none."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
     operations: list[str] = field(default_factory=list)
     finished: dict[str, list[int]] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class FakeCore:
         }
 
     async def kv_events(self) -> Mapping[str, Any]:
-        return {}
+        return self.publishes
 
     async def blocks(self) -> Mapping[str, Any]:
         raise BadOperation("there is no prefix cache")
