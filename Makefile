@@ -68,8 +68,9 @@ bench-policies: model ## the policies on the real engine, beside stock vLLM, whe
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan
 
-bench-index: $(READY) ## what the index in Redis costs: lookups, updates, memory
+bench-index: model ## what the index in Redis costs, and what it leaves of a gateway's throughput
 	@$(BIN)/python -m loadtest.bench_index
+	@$(BIN)/python -m loadtest.bench_replicas
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
