@@ -10,9 +10,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
-bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
+bench-sim bench-plan bench-routing: export VLLM_LOGGING_LEVEL := ERROR
 
-.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan bench-index clean
+.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan bench-index bench-routing clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -71,6 +71,9 @@ bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 bench-index: model ## what the index in Redis costs, and what it leaves of a gateway's throughput
 	@$(BIN)/python -m loadtest.bench_index
 	@$(BIN)/python -m loadtest.bench_replicas
+
+bench-routing: model ## which of two real engines a stream goes to: by prefix, by load, in turn
+	@$(BIN)/python -m loadtest.bench_routing
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -161,7 +161,7 @@ def report(figures: list[Figures], options: argparse.Namespace) -> None:
     """Print medians and spread, and the JSON object as the last line."""
     print(f"{machine()}, aiohttp {version('aiohttp')}, redis-py {version('redis')}; seeds "
           f"{options.seed}..{options.seed + options.runs - 1}, {options.streams} streams, "
-          f"{options.clients} clients, {options.seconds:g} s each; median (least - most)")  # fmt: skip
+          f"{options.clients} clients, {options.seconds:g} s each; median (spread)")  # fmt: skip
     names = ("chunks/s", "chunks/s per core", "gateway ms", "redis ms", "P50/95/99, ms", "errors")
     print("".join([f"{'gateways, index':18}", *map(format, names, WIDTHS)]))
     for row in ROWS:
