@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
-bench-sim bench-plan bench-routing: export VLLM_LOGGING_LEVEL := ERROR
+bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan bench-index bench-routing clean
 

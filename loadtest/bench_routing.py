@@ -5,7 +5,7 @@ Queries arrive at Poisson times, stream their documents in chunks, and ask. The 
 each. All policies get the same queries in the same rounds; only the first words differ from round
 to round, so that no round finds the KV of another.
 
-- `hits`: share of prompt tokens that vLLM's prefix cache had, by its own counters.
+- `hits`: share of all prompt tokens that no engine had to compute, by what vLLM logs of each step.
 - `shared`, `own`: TTFT of the queries that share documents and of the others, from the end of the
   input, in seconds.
 
@@ -18,13 +18,12 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import statistics
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-
-import httpx
 
 from deploy.local import EngineOptions, Server, engine, gateway, redis_server
 from deploy.model import MODEL_NAME
@@ -37,6 +36,9 @@ CHUNKS = 4
 CHUNK_WORDS = 110
 GAP_S = 0.15
 ANSWER_TOKENS = 8
+LOG_STEPS = ("--enable-logging-iteration-details",)
+SETTLED_S = 1.0
+CONTEXT = re.compile(r"(\d+) context tokens, ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,10 @@ def main() -> int:
         rounds = []
         for seed in range(options.seed, options.seed + options.rounds):
             queries = workload(random.Random(seed), options.queries, options.rate)
-            for policy in POLICIES:
-                rounds.append(asyncio.run(play(policy, seed, fronts[policy], engines, queries)))
+            rounds += [
+                asyncio.run(play(policy, seed, fronts[policy], engines, queries))
+                for policy in POLICIES
+            ]
     report(rounds, options)
     return 0
 
@@ -83,7 +87,9 @@ def main() -> int:
 def start(running: ExitStack) -> tuple[list[Server], dict[str, Server]]:
     """Two engines, and a gateway for each policy in front of both."""
     engines = [
-        running.enter_context(engine(EngineOptions(cores=core, kv_events=True))).start()
+        running.enter_context(
+            engine(EngineOptions(cores=core, kv_events=True, extra_args=LOG_STEPS))
+        ).start()
         for core in ("0", "1")
     ]
     redis = running.enter_context(redis_server()).start()
@@ -122,28 +128,28 @@ async def play(
     policy: str, seed: int, front: Server, engines: list[Server], queries: list[Query]
 ) -> Round:
     """One round."""
-    before = await counters(engines)
+    before = await computed_tokens(engines)
     begun_s = time.perf_counter()
     async with Client(front.url, timeout_s=300) as client:
-        ttfts = await asyncio.gather(
+        asked = await asyncio.gather(
             *(ask(client, f"{policy} {seed}", query, begun_s) for query in queries)
         )
     all_s = time.perf_counter() - begun_s
-    after = await counters(engines)
-    queried, hit = (b - a for a, b in zip(before, after, strict=True))
-    both = list(zip(queries, ttfts, strict=True))
+    computed = await computed_tokens(engines) - before
+    prompt_tokens = sum(tokens for _, tokens in asked)
+    both = [(query, ttft_s) for query, (ttft_s, _) in zip(queries, asked, strict=True)]
     return Round(
         policy=policy,
         seed=seed,
-        hits=hit / queried if queried else 0.0,
+        hits=1 - computed / prompt_tokens,
         shared=p50_p95_p99([t for query, t in both if query.shared]),
         own=p50_p95_p99([t for query, t in both if not query.shared]),
         all_s=all_s,
     )
 
 
-async def ask(client: Client, salt: str, query: Query, begun_s: float) -> float:
-    """Seconds from the end of the input to the first token."""
+async def ask(client: Client, salt: str, query: Query, begun_s: float) -> tuple[float, int]:
+    """Seconds from the end of the input to the first token, and tokens of the prompt."""
     await asyncio.sleep(max(begun_s + query.due_s - time.perf_counter(), 0))
     messages = [
         {"role": "system", "content": f"{salt}. Use this: {{{{documents}}}}"},
@@ -158,27 +164,27 @@ async def ask(client: Client, salt: str, query: Query, begun_s: float) -> float:
         async for _ in stream.answer():
             first_s = first_s or time.perf_counter()
     assert first_s is not None
-    return first_s - closed_s
+    assert stream.usage is not None
+    return first_s - closed_s, stream.usage["prompt_tokens"]
 
 
-async def counters(engines: list[Server]) -> tuple[float, float]:
-    """Tokens that prefix caches were asked for, and that they had, on all engines."""
-    names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
-    sums = [0.0, 0.0]
-    async with httpx.AsyncClient(trust_env=False) as http:
+async def computed_tokens(engines: list[Server]) -> int:
+    """Prompt tokens that all engines have computed since their start, once they are idle."""
+    before, computed = -1, 0
+    while computed != before:
+        await asyncio.sleep(SETTLED_S)
+        before, computed = computed, 0
         for server in engines:
-            for line in (await http.get(server.url + "/metrics")).text.splitlines():
-                for i, name in enumerate(names):
-                    if line.startswith(name):
-                        sums[i] += float(line.rsplit(" ", 1)[1])
-    return sums[0], sums[1]
+            steps = CONTEXT.findall(server.log_path.read_text(errors="replace"))
+            computed += sum(map(int, steps))
+    return computed
 
 
 def report(rounds: list[Round], options: argparse.Namespace) -> None:
     """Print medians over the rounds, and the JSON object as the last line."""
     print(f"{machine()}, {vllm_version()}, {MODEL_NAME}, two engines on a core each; seeds "
-          f"{options.seed}..{options.seed + options.rounds - 1}, {options.queries} queries a round, "
-          f"{options.rate:g} a second; medians of rounds")  # fmt: skip
+          f"{options.seed}..{options.seed + options.rounds - 1}, {options.queries} queries a "
+          f"round, {options.rate:g} a second; medians of rounds")  # fmt: skip
     print(f"{'policy':14}{'hits (spread)':>22}{'shared P50/95/99':>24}{'own P50/95/99':>24}"
           f"{'all, s':>10}")  # fmt: skip
     for policy in POLICIES:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.request import Request
 
 FreeBlocks = Callable[[list["KVCacheBlock"]], None]
 
@@ -73,6 +74,35 @@ class BlockTables:
                 g.req_to_blocks[new_id] = blocks
             if (cached := g.num_cached_block.pop(old_id, None)) is not None:
                 g.num_cached_block[new_id] = cached
+
+    def take_cached(self, request: Request, room_blocks: int, free: FreeBlocks) -> int:
+        """Let a request share the blocks that the prefix cache has behind its own whole ones.
+        What it has begun of the first of them is given back. For an only group.
+
+        Args:
+            room_blocks: how many free blocks may be taken for it.
+
+        Returns:
+            Its computed tokens, 0 if nothing was found.
+        """
+        assert self._only is not None
+        whole = request.num_computed_tokens // self.block_size
+        found: list[KVCacheBlock] = []
+        for block_hash in request.block_hashes[whole : (request.num_tokens - 1) // self.block_size]:
+            cached = self._pool.get_cached_block(block_hash, [self._only.kv_cache_group_id])
+            room_blocks -= cached is not None and cached[0].ref_cnt == 0
+            if cached is None or room_blocks < 0:
+                break
+            found += cached
+        if not found:
+            return 0
+        blocks = self._only.req_to_blocks[request.request_id]
+        begun = blocks[whole:]
+        self._pool.touch(found)
+        blocks[whole:] = found
+        self._only.num_cached_block[request.request_id] = len(blocks)
+        free(begun)
+        return len(blocks) * self.block_size
 
     def cut(self, request_id: str, keep_tokens: int, free: FreeBlocks) -> None:
         """Give back a request's blocks behind `keep_tokens`, a multiple of `block_size`.

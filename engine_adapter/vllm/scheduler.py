@@ -206,6 +206,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             self._views.drop_prompt(prompt)
             before = prompt.request.num_computed_tokens
             self._inherit(prompt.request, request, request.num_tokens)
+            self._take_cached(request, self.kv_cache_manager.block_pool.get_num_free_blocks())
             self._invalidated_tokens += max(before - request.num_computed_tokens, 0)
             request.arrival_time = prompt.opened_s
             self._views.last_input_s[request.request_id] = self._clock()
@@ -335,8 +336,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._evict_request(self.requests[eviction.request_id])
             else:
                 self._evict_prompt(prompt, eviction.keep_blocks)
+        granted_blocks = sum(self._tables.needed(tokens) + 1 for tokens in self._grants.values())
         for prompt in [p for i in self._grants if (p := self._views.prompts.get(i)) is not None]:
-            self._activate(prompt)
+            free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()
+            self._activate(prompt, free_blocks - granted_blocks)
         idle = [p for i, p in self._partial.items() if i not in self._grants]
         for prompt in [p for p in idle if not loading(p.request)]:
             self._renew(prompt, prompt.request.prompt_token_ids, prompt.request.num_tokens)
@@ -373,8 +376,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._renew(prompt, prompt.request.prompt_token_ids, keep)
         self._preemptions += 1
 
-    def _activate(self, prompt: OpenPrompt) -> None:
-        if self._covered_by_cache(prompt.request):
+    def _activate(self, prompt: OpenPrompt, room_blocks: int) -> None:
+        if not prompt.scheduled:
+            self._take_cached(prompt.request, room_blocks)
+        if self._covered_by_cache(prompt.request) or not prompt.remaining_tokens:
             self._withdraw(prompt)
         elif not prompt.scheduled:
             prompt.scheduled = True
@@ -384,6 +389,23 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             super().add_request(prompt.request)
             if not fetches:
                 self._host.forbid(prompt.request, store=self.cost is None)
+
+    def _take_cached(self, request: Request, room_blocks: int) -> None:
+        """Take what the prefix cache has behind the KV of a request that is about to be queued.
+
+        vLLM looks only for requests without any. A stream that grows through documents which
+        others have brought too would compute all but the first of them again.
+        """
+        if (
+            request.num_computed_tokens
+            and self._tables.plain
+            and self.kv_cache_manager.prefix_cache_lookup_enabled(request)
+            and self._request_blocks_can_be_freed(request)
+        ):
+            computed = self._tables.take_cached(request, room_blocks, self._free_blocks_of_tail)
+            if computed:
+                request.num_computed_tokens = computed
+                self._views.touch(request)
 
     def _covered_by_cache(self, request: Request) -> bool:
         """Take the prefix-cache hits of a fresh request if they leave nothing to compute.
