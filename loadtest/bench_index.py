@@ -216,12 +216,12 @@ def report(runs: list[Run], options: argparse.Namespace, server: str) -> None:
         medians[name] = [round(statistics.median(cut), 3) for cut in (p50, p95, p99)]
         print(f"{name:22}{slashed(medians[name], 3):>26}{spread(p50):>18}"
               f"{spread(p99):>18}{slashed(GOALS.get(name), 0):>18}")  # fmt: skip
-    print(f"{'bytes':22}{'median':>26}{'of runs':>18}{'':18}{'goal':>18}")
+    print(f"{'bytes':22}{'median':>26}{'of runs':>20}{'':16}{'goal':>18}")
     memory = {}
     for name in runs[0].memory_bytes:
         values = [run.memory_bytes[name] for run in runs]
         memory[name] = round(statistics.median(values), 1)
-        print(f"{name:22}{memory[name]:>26}{spread(values):>18}{'':18}"
+        print(f"{name:22}{memory[name]:>26}{spread(values):>20}{'':16}"
               f"{MEMORY_GOALS.get(name, ''):>18}")  # fmt: skip
     print(json.dumps({"benchmark": "index", "server": server, "median_ms": medians,
                       "goals_ms": GOALS, "median_bytes": memory, "goals_bytes": MEMORY_GOALS,

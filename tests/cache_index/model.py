@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cache_index.index import NAME_BYTES, Change, OutOfOrder, Splice, Stale, StreamRecord
 
 STREAMS, HOLDERS, FAMILIES, ENGINES = ("s1", "s2"), ("g1", "g2"), ("f1", "f2"), ("e1", "e2")
-NAMES = [bytes([n]) * NAME_BYTES for n in range(6)]
+NAMES = [bytes([n]) * NAME_BYTES for n in range(4)]
 
 
 class Model:
@@ -35,6 +35,10 @@ class Model:
     def expected(self, family: str, engine: str) -> int:
         held = self.find(family, engine)
         return held["next"] if held else 0
+
+    def instance(self, family: str, engine: str) -> str:
+        held = self.find(family, engine)
+        return held["instance"] if held else ""
 
     def get(self, stream: str) -> StreamRecord | None:
         record = self.find(stream)
@@ -122,18 +126,23 @@ def split(names: bytes) -> list[bytes]:
 
 def near(number: int) -> st.SearchStrategy[int]:
     """Mostly the number itself."""
-    return st.sampled_from([number] * 6 + [number - 1, number + 1]).map(lambda n: max(n, 0))
+    return st.sampled_from([number] * 10 + [number - 1, number + 1]).map(lambda n: max(n, 0))
+
+
+def mostly(both: tuple[str, str]) -> st.SearchStrategy[str]:
+    return st.sampled_from([both[0]] * 6 + [both[1]])
 
 
 leases_s = st.sampled_from([100, 200, 300])
-streams, holders = st.sampled_from(STREAMS), st.sampled_from(HOLDERS)
-families, engines = st.sampled_from(FAMILIES), st.sampled_from(ENGINES)
-instances = st.sampled_from(["i1", "i1", "i1", "i2"])
-some_bytes = st.binary(max_size=12)
-names = st.lists(st.sampled_from(NAMES), unique=True)
+holders = st.sampled_from(HOLDERS)
+streams, families, engines = (mostly(both) for both in (STREAMS, FAMILIES, ENGINES))
+instances = mostly(("i1", "i2"))
+some_bytes = st.binary(max_size=12) | st.just(bytes(range(12)))
+some_names = st.lists(st.sampled_from(NAMES), unique=True)
+names = some_names | st.integers(1, len(NAMES)).map(lambda count: NAMES[:count])
 splices = st.builds(
     Splice,
-    drop=st.integers(0, 9),
+    drop=st.integers(0, 5),
     keep=st.none() | st.integers(0, 9),
     add=st.binary(max_size=9),
 ) | st.just(Splice())
@@ -161,14 +170,32 @@ records = st.builds(
     names=some_bytes,
 )
 
+ABOUT_STREAMS = [
+    *("get", "get", "put", "put", "put", "change", "change", "change", "change"),
+    *("claim", "claim", "delete", "advance"),
+]
+ABOUT_REPLICAS = ["beat", "replicas", "advance"]
+ABOUT_BLOCKS = [
+    *("longest", "longest", "longest", "longest", "apply", "apply", "apply", "apply"),
+    *("rebuild", "rebuild", "rebuild", "drop", "advance"),
+]
+METHODS = [ABOUT_STREAMS, ABOUT_BLOCKS, ABOUT_STREAMS + ABOUT_REPLICAS + ABOUT_BLOCKS]
+"""What a sequence is made of; most are about one thing, so that calls meet often."""
+
 Call = tuple[str, tuple[Any, ...]]
 """Name of a method, and its arguments."""
 
 
 @st.composite
-def next_call(draw: st.DrawFn, model: Model) -> Call:
+def next_call(draw: st.DrawFn, model: Model, methods: list[str]) -> Call:
     """A call that is mostly one the model would take now; `advance` lets time pass."""
-    match method := draw(st.sampled_from(METHODS)):
+    method = draw(st.sampled_from(methods))
+    place = draw(families), draw(engines)
+    if method == "apply" and model.find(*place) is None:
+        method = draw(mostly(("rebuild", "apply")))
+    if method in ("change", "claim") and model.find(STREAMS[0]) is None:
+        method = draw(mostly(("put", method)))
+    match method:
         case "get":
             return method, (draw(streams),)
         case "put":
@@ -189,26 +216,20 @@ def next_call(draw: st.DrawFn, model: Model) -> Call:
             return method, ()
         case "longest":
             wanted = b"".join(draw(names))
-            return method, (draw(families), wanted, draw(st.permutations(ENGINES)))
+            return method, (place[0], wanted, draw(st.permutations(ENGINES)))
         case "apply":
-            family, engine = draw(families), draw(engines)
-            first = draw(near(model.expected(family, engine)))
+            instance = draw(mostly((model.instance(*place), "i3")))
+            first = draw(near(model.expected(*place)))
             stored = draw(names)
-            removed = [name for name in draw(names) if name not in stored]
-            after = first + draw(st.integers(0, 3))
-            both = (b"".join(stored), b"".join(removed))
-            return method, (family, engine, draw(instances), first, after, *both, draw(leases_s))
+            removed = [name for name in draw(some_names) if name not in stored]
+            batches = first, first + draw(st.integers(0, 3))
+            both = b"".join(stored), b"".join(removed)
+            return method, (*place, instance, *batches, *both, draw(leases_s))
         case "rebuild":
             held = b"".join(draw(names))
-            place = (draw(families), draw(engines), draw(instances))
-            return method, (*place, draw(st.integers(0, 3)), held, draw(leases_s))
+            after = draw(st.integers(0, 3))
+            return method, (*place, draw(instances), after, held, draw(leases_s))
         case "drop":
-            return method, (draw(families), draw(engines))
+            return method, place
         case _:
-            return method, (draw(st.sampled_from([40, 90, 130])),)
-
-
-METHODS = [
-    *("get", "put", "put", "change", "change", "change", "claim", "delete", "beat", "replicas"),
-    *("longest", "longest", "apply", "apply", "apply", "rebuild", "rebuild", "drop", "advance"),
-]
+            return method, (draw(st.sampled_from([30, 60, 130])),)

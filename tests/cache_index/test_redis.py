@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache_index.index import Change, IndexUnavailable, OutOfOrder, Splice, Stale, StreamRecord
-from cache_index.redis import RedisIndex, blocks_key
+from cache_index.redis import RedisIndex, blocks_key, engine_keys
 from deploy.local import Server, redis_server
 
 TIMEOUT_S = 0.3
@@ -126,7 +126,7 @@ async def test_of_many_blocks_none_is_lost_between_slices(redis_url: str) -> Non
         await index.apply(
             family, "e", "i", 0, 1, b"".join(names[2999:]), b"".join(names[1700:2300]), 60
         )
-        held = [(await index.longest(family, name, ["e"]))["e"] for name in names]
+        held = await index._client.smismember(blocks_key(family, "e"), names)
         assert held == [1] * 1700 + [0] * 600 + [1] * 700
         await index.drop(family, "e")
 
@@ -149,6 +149,13 @@ async def test_the_longest_prefix_of_prompts_of_all_lengths(
         for engine in expected:
             await index.drop(family, engine)
     assert found == expected
+
+
+async def test_a_batch_renews_the_lease_of_all_that_is_kept_of_an_engine(index: RedisIndex) -> None:
+    await index.rebuild("f", "e", "i", 0, bytes(8), 10)
+    await index.apply("f", "e", "i", 0, 0, b"", b"", 60)
+    leases_ms = [await index._client.pttl(key) for key in engine_keys("f", "e")]
+    assert all(50_000 < lease_ms <= 60_000 for lease_ms in leases_ms)
 
 
 async def test_blocks_that_redis_evicted_are_asked_for_anew(index: RedisIndex) -> None:
@@ -205,6 +212,12 @@ async def test_the_answer_to_a_cancelled_call_goes_to_nobody(server: Server) -> 
             record = await index.get("b")
             assert record is not None
             assert record.holder == "b"
+
+
+async def test_a_crowd_of_calls_shares_few_connections(server: Server) -> None:
+    async with opened(server.url, connections=4) as index:
+        await asyncio.gather(*(index.alive(f"g{n}") for n in range(100)))
+        assert 1 < len(await index._client.client_list()) <= 4
 
 
 async def test_a_redis_without_memory_is_as_good_as_none(index: RedisIndex) -> None:

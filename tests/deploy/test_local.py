@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from redis import Redis
 
-from deploy.local import Server, ServerFailed, command
+from deploy.local import Server, ServerFailed, command, redis_server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -60,6 +61,16 @@ def test_serves_until_stopped_and_can_be_started_again_after_a_kill() -> None:
         pid = server.pid
     assert not alive(pid)
     assert not server.log_path.exists()
+
+
+def test_a_redis_answers_when_it_is_ready_and_forgets_all_when_it_ends() -> None:
+    with redis_server() as server:
+        for _ in range(2):
+            server.start().wait_ready(10)
+            with Redis.from_url(server.url) as client:
+                assert client.dbsize() == 0
+                client.set("key", "value")
+            server.kill()
 
 
 def test_stop_ends_all_descendants_of_a_server_that_ignores_it() -> None:
