@@ -1,0 +1,129 @@
+"""Reading a page: from bytes to its title, its main text and its links. No network, much CPU."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import re
+from dataclasses import dataclass
+from email.message import Message
+from itertools import islice
+
+import httpx
+import lxml.html
+import trafilatura
+from bs4.dammit import EncodingDetector, UnicodeDammit
+from lxml import etree
+
+from retrieval.fetch import media_type
+
+log = logging.getLogger(__name__)
+
+HTML_TYPES = ("text/html", "application/xhtml+xml")
+READABLE_TYPES = (*HTML_TYPES, "text/plain")
+MAX_LINKS = 5000
+"""Looked at on one page."""
+_MAX_ADDRESS_CHARS = 2000
+
+# What pages may call their charset. Python has codecs that no page needs and that cost a hostile
+# one's reader minutes ("idna"), so this says which are taken.
+_CHARSETS = re.compile(
+    r"utf-(8|16|32)(-sig)?(-[bl]e)?|iso8859-\d+|cp\d+|koi8-[rtu]|mac-\w+|ptcp154|tis-620"
+    r"|shift_jis\w*|euc_\w+|iso2022_\w+|gb2312|gbk|gb18030|hz|big5\w*|johab"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What there is to read at an address."""
+
+    title: str
+    text: str
+    links: tuple[str, ...]
+    """Absolute, normalised, each once, in the order of the page."""
+
+
+def read_page(url: httpx.URL, content_type: str, body: bytes) -> Page:
+    """Read a page, however broken it is; what can't be read is empty."""
+    text = decode(content_type, body)
+    if media_type(content_type) == "text/plain":
+        return Page("", tidy(text), ())
+    try:
+        tree = lxml.html.document_fromstring(
+            text.encode(errors="replace"), parser=lxml.html.HTMLParser(encoding="utf-8")
+        )
+    except (etree.LxmlError, ValueError):  # nothing in it
+        return Page("", "", ())
+    title = " ".join((tree.findtext(".//title") or "").split())
+    links = _links(url, tree)
+    return Page(title, tidy(_main_text(tree)), links)
+
+
+def decode(content_type: str, body: bytes) -> str:
+    """The characters of a page: by its byte-order mark, its header, what it says itself, UTF-8,
+    or a guess; the first of these by which it can be read."""
+    header = Message()
+    header["Content-Type"] = content_type
+    inside = _charset(EncodingDetector.find_declared_encoding(body[:8192], is_html=True))
+    if inside is not None and inside.startswith(("utf-16", "utf-32")):
+        inside = None  # then its name could not have been read
+    said = (_charset(header.get_content_charset()), inside)
+    named = [name for name in said if name is not None]
+    found = UnicodeDammit(body, user_encodings=[*named, "utf-8"], is_html=False)
+    text = found.unicode_markup
+    return text if text is not None else body.decode("utf-8", "replace")
+
+
+def _charset(name: str | None) -> str | None:
+    """The codec of a charset that a page names, or None if it helps nothing."""
+    try:
+        codec = codecs.lookup(name or "").name
+    except (LookupError, ValueError):
+        return None
+    if codec == "iso8859-1":
+        return "cp1252"  # as browsers take it
+    return codec if _CHARSETS.fullmatch(codec) else None
+
+
+def tidy(text: str) -> str:
+    """Without empty lines and repeated blanks."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def cut(text: str, max_chars: int) -> str:
+    """At most this many characters, whole lines if the first is not longer."""
+    if len(text) <= max_chars:
+        return text
+    return text[: max_chars + 1].rpartition("\n")[0] or text[:max_chars]
+
+
+def normalised(url: httpx.URL) -> httpx.URL:
+    """The same page has the same address: without fragment; httpx does the rest (case, default
+    port, dots in the path)."""
+    return url.copy_with(fragment=None, raw_path=url.raw_path or b"/")
+
+
+def _links(url: httpx.URL, tree: lxml.html.HtmlElement) -> tuple[str, ...]:
+    base = _join(url, tree.xpath("string(//base/@href)")) or url
+    anchors = islice(tree.iterfind(".//a[@href]"), MAX_LINKS)
+    found = (_join(base, str(anchor.get("href"))) for anchor in anchors)
+    links = dict.fromkeys(str(normalised(link)) for link in found if link is not None)
+    return tuple(link for link in links if len(link) <= _MAX_ADDRESS_CHARS)
+
+
+def _join(base: httpx.URL, reference: str) -> httpx.URL | None:
+    try:
+        link = base.join(reference.strip())
+    except (httpx.InvalidURL, ValueError):
+        return None
+    return link if link.scheme in ("http", "https") and link.host else None
+
+
+def _main_text(tree: lxml.html.HtmlElement) -> str:
+    try:
+        found = trafilatura.extract(tree, favor_recall=True, include_comments=False)
+        return found or trafilatura.html2txt(tree) or ""
+    except Exception:  # a library's mistake about one page, which a crawl survives
+        log.warning("a page's main text could not be found", exc_info=True)
+        return ""
