@@ -146,8 +146,8 @@ class FetchPolicy:
         if any(meant in network for network in _networks(self.allowed_networks)):
             return text
         if (kind := special(meant)) is not None:
-            where = host if host == text else f"{host} resolves to {text}"
-            raise AddressRefused(where, f"not a public address ({kind})")
+            way = "" if host == text else f"resolves to {text}, "
+            raise AddressRefused(host, f"{way}not a public address ({kind})")
         return text
 
 

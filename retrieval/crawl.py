@@ -175,9 +175,6 @@ class _Run:
                 await self._crawl(seeds)
             if self._failed_seeds and not self._texts:
                 error = SourceFailed(f"{self._name}: {'; '.join(self._failed_seeds[:3])}")
-        except Exception as bug:
-            log.exception("a crawl broke off")
-            error = SourceFailed(f"{self._name}: {bug!r}")
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._found.end(error)
@@ -205,11 +202,17 @@ class _Run:
             except ChannelEnded:
                 self._frontier.close()
             except FetchFailed as error:
-                log.info("passed over: %s", error)
-                if visit.depth == 0:
-                    self._failed_seeds.append(str(error))
+                self._passed_over(visit, str(error))
+            except Exception as error:  # a mistake met on one page, here or in a library
+                log.exception("%s could not be read", visit.url)
+                self._passed_over(visit, f"{visit.url}: {error!r}")
             finally:
                 self._frontier.done(visit)
+
+    def _passed_over(self, visit: Visit, why: str) -> None:
+        log.info("passed over: %s", why)
+        if visit.depth == 0:
+            self._failed_seeds.append(why)
 
     async def _visit(self, visit: Visit) -> None:
         await self._ask_leave(visit.url)
@@ -232,8 +235,8 @@ class _Run:
     async def _ask_leave(self, url: httpx.URL) -> None:
         rules = await self._robots.of(url)
         self._frontier.pace(url, min(rules.delay_s, self._limits.max_crawl_delay_s))
-        if not rules.allow(url):
-            raise _PassedOver(str(url), "robots.txt does not allow it, or can't be had")
+        if (refusal := rules.refusal(url)) is not None:
+            raise _PassedOver(str(url), refusal)
 
     async def _redirected(self, visit: Visit, url: httpx.URL) -> None:
         """A seed may lead to another host, which then belongs to the crawl; a link may not."""
@@ -272,10 +275,9 @@ class _Run:
             self._follow(visit, page.links)
         await self._give(str(normalised(answer.url)), page.title, page.text)
 
-    def _follow(self, visit: Visit, links: Iterable[str]) -> None:
+    def _follow(self, visit: Visit, links: Iterable[httpx.URL]) -> None:
         wanted = 0
-        for link in links:
-            url = httpx.URL(link)
+        for url in links:
             if self._in_reach(url):
                 self._frontier.add(Visit(url, visit.depth + 1))
                 wanted += 1

@@ -13,9 +13,9 @@ import asyncio
 import ssl
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Self
 
@@ -68,7 +68,6 @@ class Fetcher:
         resolve: Resolve = system_resolve,
         connections: int = 16,
         tls: ssl.SSLContext | None = None,
-        user_agent: str = USER_AGENT,
     ) -> None:
         """
         Args:
@@ -77,15 +76,14 @@ class Fetcher:
             tls: which certificates are trusted, if not those that come with httpx.
         """
         self.policy = policy
-        # no proxy, netrc or certificates from the environment; no cookies from page to page
-        self._http = httpx.AsyncClient(
-            transport=GuardedTransport(policy, resolve=resolve, connections=connections, tls=tls),
-            trust_env=False,
-            follow_redirects=False,
-            timeout=httpx.Timeout(policy.idle_s, connect=policy.connect_s, pool=policy.total_s),
-            headers={"User-Agent": user_agent, "Accept-Encoding": "gzip"},
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        # A transport and no client: no proxies, credentials or certificates from the environment,
+        # no cookies from page to page, no redirect that is not looked at here.
+        self._transport = GuardedTransport(
+            policy, resolve=resolve, connections=connections, tls=tls
         )
+        self._headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "gzip"}
+        limits = httpx.Timeout(policy.idle_s, connect=policy.connect_s, pool=policy.total_s)
+        self._extensions = {"timeout": limits.as_dict()}
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,7 +94,7 @@ class Fetcher:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._http.aclose()
+        await self._transport.aclose()
 
     async def fetch(
         self,
@@ -140,21 +138,25 @@ class Fetcher:
 
     async def _get(self, url: httpx.URL, types: Collection[str]) -> Fetched | httpx.URL:
         """One answer; of a redirect, where it points."""
-        async with self._http.stream("GET", url) as response:
+        async with self._answer(url) as response:
             headers = response.headers
             if response.status_code in _REDIRECTS and "Location" in headers:
                 return _joined(url, headers["Location"])
             body = b""
             if response.status_code == 200:
                 self._check_head(url, headers, types)
-                body = await self._read(response)
-            return Fetched(
-                url,
-                response.status_code,
-                headers.get("Content-Type", ""),
-                headers.get("Retry-After", ""),
-                body,
-            )
+                body = await self._read(url, response)
+            kind, retry = headers.get("Content-Type", ""), headers.get("Retry-After", "")
+            return Fetched(url, response.status_code, kind, retry, body)
+
+    @asynccontextmanager
+    async def _answer(self, url: httpx.URL) -> AsyncIterator[httpx.Response]:
+        request = httpx.Request("GET", url, headers=self._headers, extensions=self._extensions)
+        response = await self._transport.handle_async_request(request)
+        try:
+            yield response
+        finally:
+            await response.aclose()
 
     def _check_head(self, url: httpx.URL, headers: httpx.Headers, types: Collection[str]) -> None:
         """Refuse by the headers alone what would be refused in the end."""
@@ -165,8 +167,8 @@ class Fetcher:
         if length.isdecimal() and int(length[:20]) > self.policy.max_body_bytes:
             raise BodyRefused(str(url), f"{length} bytes, more than {self.policy.max_body_bytes}")
 
-    async def _read(self, response: httpx.Response) -> bytes:
-        url, policy = str(response.url), self.policy
+    async def _read(self, asked: httpx.URL, response: httpx.Response) -> bytes:
+        url, policy = str(asked), self.policy
         body, received = bytearray(), 0
         decoder = _decoder(url, response.headers.get("Content-Encoding", ""))
         async for part in response.aiter_raw():

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import httpx
 from protego import Protego
 
-from retrieval.addresses import FetchFailed, host_of, port_of
-from retrieval.fetch import Fetcher
+from retrieval.addresses import AddressRefused, FetchFailed, host_of, port_of
+from retrieval.fetch import Fetched, Fetcher, Unreachable
 
 AGENT = "stream2llm"
 _TRIES = 2
@@ -21,16 +21,20 @@ _PAUSE_S = 0.5
 class Rules:
     """One site's wishes."""
 
-    known: Protego | None
-    """None: the site could not say, so nothing of it is fetched."""
+    parsed: Protego | None
+    unknown: str = ""
+    """Why there are none; then nothing of the site is fetched."""
 
-    def allow(self, url: httpx.URL) -> bool:
-        return self.known is not None and self.known.can_fetch(str(url), AGENT)
+    def refusal(self, url: httpx.URL) -> str | None:
+        """Why a page is not to be fetched; None if it may be."""
+        if self.parsed is None:
+            return self.unknown
+        return None if self.parsed.can_fetch(str(url), AGENT) else "robots.txt does not allow it"
 
     @property
     def delay_s(self) -> float:
         """Between two requests; 0 if the site does not say."""
-        return (self.known.crawl_delay(AGENT) or 0.0) if self.known is not None else 0.0
+        return (self.parsed.crawl_delay(AGENT) or 0.0) if self.parsed is not None else 0.0
 
 
 class Robots:
@@ -47,21 +51,32 @@ class Robots:
         site = origin(url)
         async with self._asking[site]:
             if site not in self._rules:
-                self._rules[site] = Rules(await self._ask(f"{site}/robots.txt"))
+                self._rules[site] = await self._ask(f"{site}/robots.txt")
             return self._rules[site]
 
-    async def _ask(self, url: str) -> Protego | None:
+    async def _ask(self, url: str) -> Rules:
         for left in reversed(range(_TRIES)):
             try:
                 answer = await self._fetcher.fetch(url)
-            except FetchFailed:
-                pass
+            except Unreachable as error:
+                rules = Rules(None, f"{error.reason} (robots.txt)")
+            except AddressRefused as error:
+                return Rules(None, error.reason)
+            except FetchFailed as error:
+                return Rules(None, f"{error.reason} (robots.txt)")
             else:
-                if answer.status < 500 and answer.status != 429:
-                    return Protego.parse(answer.body.decode("utf-8", "replace"))
+                rules = _rules(answer)
+            if rules.parsed is not None:
+                break
             if left:
                 await asyncio.sleep(_PAUSE_S)
-        return None
+        return rules
+
+
+def _rules(answer: Fetched) -> Rules:
+    if answer.status >= 500 or answer.status == 429:
+        return Rules(None, f"status {answer.status} (robots.txt)")
+    return Rules(Protego.parse(answer.body.decode("utf-8", "replace")))
 
 
 def origin(url: httpx.URL) -> str:

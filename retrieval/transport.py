@@ -13,6 +13,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import cache
 
 import httpcore
 import httpx
@@ -38,6 +39,12 @@ async def system_resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(address[4][0]) for address in found))
 
 
+@cache
+def _public_tls() -> ssl.SSLContext:
+    """The certificates that come with httpx; reading them takes too long to do it every time."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 class GuardedTransport(httpx.AsyncBaseTransport):
     """An httpx transport, HTTP/1.1 and HTTP/2, that obeys a `FetchPolicy` where it connects.
 
@@ -53,7 +60,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=tls or httpx.create_ssl_context(trust_env=False),
+            ssl_context=tls or _public_tls(),
             max_connections=connections,
             keepalive_expiry=5.0,
             http2=True,
