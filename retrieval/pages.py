@@ -26,6 +26,7 @@ MAX_LINKS = 5000
 MAX_ELEMENTS = 20_000
 """Of a page whose main text is looked for: that takes some 50 microseconds for each."""
 _MAX_ADDRESS_CHARS = 2000
+_LINKS = "//a/@href | //area/@href | //frame/@src | //iframe/@src"
 
 # What pages may call their charset. Python has codecs that no page needs and that cost a hostile
 # one's reader minutes ("idna"), so this says which are taken.
@@ -108,8 +109,7 @@ def normalised(url: httpx.URL) -> httpx.URL:
 
 def _links(url: httpx.URL, tree: lxml.html.HtmlElement) -> tuple[httpx.URL, ...]:
     base = _join(url, tree.xpath("string(//base/@href)")) or url
-    anchors = islice(tree.iterfind(".//a[@href]"), MAX_LINKS)
-    found = (_join(base, str(anchor.get("href"))) for anchor in anchors)
+    found = (_join(base, str(link)) for link in tree.xpath(_LINKS)[:MAX_LINKS])
     links = {str(link): link for link in map(normalised, filter(None, found))}
     return tuple(link for text, link in links.items() if len(text) <= _MAX_ADDRESS_CHARS)
 
