@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 READABLE_TYPES = (*HTML_TYPES, "text/plain")
 MAX_LINKS = 5000
-"""Looked at on one page."""
+"""Different ones looked at on one page."""
 MAX_ELEMENTS = 20_000
 """Of a page whose main text is looked for: that takes some 50 microseconds for each."""
 _MAX_ADDRESS_CHARS = 2000
@@ -108,15 +108,17 @@ def normalised(url: httpx.URL) -> httpx.URL:
 
 
 def _links(url: httpx.URL, tree: lxml.html.HtmlElement) -> tuple[httpx.URL, ...]:
-    base = _join(url, tree.xpath("string(//base/@href)")) or url
-    found = (_join(base, str(link)) for link in tree.xpath(_LINKS)[:MAX_LINKS])
+    base = _join(url, tree.xpath("string(//base/@href)").strip()) or url
+    # many links of a page are to places in it, or the same again: parsing each would be slow
+    said = (str(link).strip().partition("#")[0] for link in tree.xpath(_LINKS))
+    found = (_join(base, link) for link in islice(dict.fromkeys(said), MAX_LINKS) if link)
     links = {str(link): link for link in map(normalised, filter(None, found))}
     return tuple(link for text, link in links.items() if len(text) <= _MAX_ADDRESS_CHARS)
 
 
 def _join(base: httpx.URL, reference: str) -> httpx.URL | None:
     try:
-        link = base.join(reference.strip())
+        link = base.join(reference)
     except (httpx.InvalidURL, ValueError):
         return None
     return link if link.scheme in ("http", "https") and link.host else None
