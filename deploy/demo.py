@@ -97,7 +97,7 @@ def _dots() -> Any:
 async def demo(gateway_url: str, site: str) -> None:
     """Warm up, stream while crawling, send whole, compare."""
     async with Client(gateway_url) as client:
-        await whole(client, "warm-up", [Passage("", "", "Python. " * 40)], ANSWER_TOKENS // 8)
+        await whole(client, "warm-up", [Passage("", "Python. " * 40)], ANSWER_TOKENS // 8)
         say(f"streaming: a crawl of {PAGES} pages, one request every {DELAY_S:g} s")
         pages, streamed = await stream_while_crawling(client, site)
         say(f"\nsent whole: the same {len(pages)} pages, now that the crawl is over")

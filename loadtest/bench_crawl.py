@@ -47,6 +47,14 @@ PYTHON = (sys.executable, "-I", "-S")
 """Sees the standard library only: pydoc imports what it documents."""
 _PYDOC = "import os, runpy; os.chdir({!r}); runpy.run_module('pydoc', run_name='__main__')"
 """pydoc's index names what lies in its working directory, too."""
+_WRITE = """
+import pydoc, sys
+for name in sys.argv[1:]:
+    try:
+        pydoc.writedoc(name)
+    except BaseException as error:  # whatever a module does when it is imported
+        print(name, repr(error))
+"""
 _FETCHED = re.compile(r'URL: ?(\S+) \[[^]]*\] -> "([^"]+)"')
 
 
@@ -143,13 +151,14 @@ def built_site(folder: Path) -> Path:
         pages = Path(root.stdout.strip(), "share/doc/rust/html/error_codes")
         if sum(1 for _ in pages.rglob("*.html")) >= ENOUGH_PAGES:
             return pages
-    return written_by_pydoc(folder / "stdlib")
+    modules = sys.stdlib_module_names - {"antigravity", "this", "idlelib"}
+    return written_by_pydoc(folder / "stdlib", sorted(modules))
 
 
-def written_by_pydoc(folder: Path) -> Path:
+def written_by_pydoc(folder: Path, names: list[str]) -> Path:
+    """A page for each module that can be imported here, and an index of them."""
     folder.mkdir()
-    names = sorted(sys.stdlib_module_names - {"antigravity", "this", "idlelib"})
-    subprocess.run([*PYTHON, "-m", "pydoc", "-w", *names], cwd=folder, stdout=subprocess.DEVNULL)
+    subprocess.run([*PYTHON, "-c", _WRITE, *names], cwd=folder, stdout=subprocess.DEVNULL)
     pages = sorted(path.name for path in folder.glob("*.html"))
     links = "\n".join(f'<p><a href="{page}">{page}</a></p>' for page in pages)
     (folder / "index.html").write_text(f"<html><body>{links}</body></html>")

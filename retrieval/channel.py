@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -57,3 +58,11 @@ class Channel(Generic[T]):
         while not true():
             self._changed.clear()
             await self._changed.wait()
+
+
+def end_at(channel: Channel[T], deadline_s: float | None) -> asyncio.TimerHandle | None:
+    """End a channel at a `time.monotonic` value. Returns the timer, if there is one to cancel."""
+    if deadline_s is None:
+        return None
+    left_s = max(deadline_s - time.monotonic(), 0)
+    return asyncio.get_running_loop().call_later(left_s, channel.end)

@@ -19,11 +19,10 @@ from functools import partial
 import httpx
 
 from retrieval.addresses import AddressRefused, FetchFailed, FetchPolicy, host_matches, host_of
-from retrieval.channel import Channel, ChannelEnded
+from retrieval.channel import Channel, ChannelEnded, end_at
 from retrieval.fetch import Fetched, Fetcher, Unreachable
 from retrieval.frontier import Frontier, Visit
 from retrieval.pages import READABLE_TYPES, cut, normalised, read_page
-from retrieval.push import end_at
 from retrieval.robots import Robots
 from retrieval.source import Found, Mode, Passage, Query, SourceFailed
 from retrieval.transport import Resolve, system_resolve

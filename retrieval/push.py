@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncGenerator
 
-from retrieval.channel import Channel, ChannelEnded
+from retrieval.channel import Channel, ChannelEnded, end_at
 from retrieval.source import Found, Mode, Passage, Query, SourceFailed
 
 
@@ -60,11 +58,3 @@ class Push:
             if timer is not None:
                 timer.cancel()
             self._passages.end()
-
-
-def end_at(channel: Channel[Passage], deadline_s: float | None) -> asyncio.TimerHandle | None:
-    """End a channel at a `time.monotonic` value. Returns the timer, if there is one to cancel."""
-    if deadline_s is None:
-        return None
-    left_s = max(deadline_s - time.monotonic(), 0)
-    return asyncio.get_running_loop().call_later(left_s, channel.end)
