@@ -278,10 +278,10 @@ def report(figures: list[Figures], runs: int, with_wget: bool) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("httpx", "trafilatura", "lxml"))
     beside = wget_version() if with_wget else "wget is not installed: no comparison"
     print(f"\n{machine()}, {versions}; {beside}; median of {runs} runs, {CONCURRENCY} at once")
-    print(f"{'':28}" + "".join(f"{each.site:>20}" for each in figures))
+    print(f"{'':28}" + "".join(f"{each.site:>22}" for each in figures))
     for name in list(asdict(figures[0]))[1:]:
         values = [getattr(each, name) for each in figures]
-        print(f"{name:28}" + "".join(f"{'' if v is None else v:>20}" for v in values))
+        print(f"{name:28}" + "".join(f"{'' if v is None else v:>22}" for v in values))
     print(json.dumps({"benchmark": "crawl", "runs": runs, "wget": with_wget,
                       "sites": [asdict(each) for each in figures]}))  # fmt: skip
 
