@@ -12,7 +12,8 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
 
-.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan bench-index bench-routing clean
+.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan \
+    bench-index bench-routing bench-crawl clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -74,6 +75,9 @@ bench-index: model ## what the index in Redis costs, and what it leaves of a gat
 
 bench-routing: model ## which of two real engines a stream goes to: by prefix, by load, in turn
 	@$(BIN)/python -m loadtest.bench_routing
+
+bench-crawl: $(READY) ## the crawler on two sites, beside wget where there is one
+	@$(BIN)/python -m loadtest.bench_crawl
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -14,10 +14,14 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+
 from deploy.local import EngineOptions, Server, engine, free_port, gateway
 from deploy.model import MODEL_NAME
 from gateway.client import Client, Stream
-from retrieval.web import Page, crawl
+from retrieval.addresses import FetchPolicy
+from retrieval.crawl import Crawl, CrawlLimits
+from retrieval.source import Passage, Query
 
 PAGES = 12
 PAGE_CHARS = 500
@@ -74,8 +78,6 @@ def start(running: ExitStack) -> tuple[str, str]:
 
 
 def _ready(front: Server) -> None:
-    import httpx
-
     while httpx.get(front.url + "/ready", trust_env=False).status_code != 200:
         time.sleep(0.1)
 
@@ -95,7 +97,7 @@ def _dots() -> Any:
 async def demo(gateway_url: str, site: str) -> None:
     """Warm up, stream while crawling, send whole, compare."""
     async with Client(gateway_url) as client:
-        await whole(client, "warm-up", [Page("", "", "Python. " * 40)], ANSWER_TOKENS // 8)
+        await whole(client, "warm-up", [Passage("", "Python. " * 40)], ANSWER_TOKENS // 8)
         say(f"streaming: a crawl of {PAGES} pages, one request every {DELAY_S:g} s")
         pages, streamed = await stream_while_crawling(client, site)
         say(f"\nsent whole: the same {len(pages)} pages, now that the crawl is over")
@@ -119,19 +121,18 @@ def messages(run: str) -> list[dict[str, str]]:
     ]
 
 
-async def stream_while_crawling(client: Client, site: str) -> tuple[list[Page], Run]:
+async def stream_while_crawling(client: Client, site: str) -> tuple[list[Passage], Run]:
     """Send each page when it arrives, and ask when the crawl ends."""
-    pages: list[Page] = []
+    pages: list[Passage] = []
     begun_s = time.monotonic()
     async with client.stream(
         MODEL_NAME, messages("1"), max_tokens=ANSWER_TOKENS, temperature=0
     ) as stream:
-        crawling = crawl(f"{site}/{SEED}", pages=PAGES, delay_s=DELAY_S, max_chars=PAGE_CHARS)
-        async with aclosing(crawling) as arriving:  # type: ignore[type-var]
-            async for page in arriving:
+        async with aclosing(crawler(site).search(Query(QUESTION))) as arriving:
+            async for page in (found.passage async for found in arriving):
                 pages.append(page)
                 before = (await stream.status())["tokens"]
-                tokens = await stream.send(page.text, id=page.url)
+                tokens = await stream.send(page.text, id=page.id)
                 received = before["prompt"] + tokens
                 say(
                     f"  {time.monotonic() - begun_s:5.1f} s  page {len(pages):2}  +{tokens:4} "
@@ -148,10 +149,20 @@ async def stream_while_crawling(client: Client, site: str) -> tuple[list[Page], 
         return pages, run
 
 
-async def whole(client: Client, run: str, pages: list[Page], max_tokens: int) -> Run:
+def crawler(site: str) -> Crawl:
+    """Fetches one page after another from a site on this machine."""
+    limits = CrawlLimits(
+        pages=PAGES, page_chars=PAGE_CHARS, delay_s=DELAY_S, concurrency_per_site=1
+    )
+    port = httpx.URL(site).port
+    policy = FetchPolicy(ports=frozenset({port or 80}), allowed_networks=("127.0.0.0/8",))
+    return Crawl([f"{site}/{SEED}"], limits=limits, policy=policy)
+
+
+async def whole(client: Client, run: str, pages: list[Passage], max_tokens: int) -> Run:
     """Send everything at once, as an application does that waits for its retrieval."""
     begun_s = time.monotonic()
-    documents = [{"text": page.text, "id": page.url} for page in pages]
+    documents = [{"text": page.text, "id": page.id} for page in pages]
     async with client.stream(
         MODEL_NAME, messages(run), max_tokens=max_tokens, temperature=0, documents=documents
     ) as stream:

@@ -97,7 +97,7 @@ async def test_every_operation_is_one_round_trip(server: Server, index: RedisInd
         lambda: index.claim("s", 0, "g2", 60),
         lambda: index.delete("s", 1),
         lambda: index.beat("g", 60),
-        lambda: index.alive("g"),
+        index.replicas,
         lambda: index.rebuild("f", "e0", "i", 0, names, 60),
         lambda: index.apply("f", "e0", "i", 0, 5, os.urandom(8 * 1000), names[:800], 60),
         lambda: index.longest("f", names, [f"e{n}" for n in range(64)]),
@@ -216,7 +216,7 @@ async def test_the_answer_to_a_cancelled_call_goes_to_nobody(server: Server) -> 
 
 async def test_a_crowd_of_calls_shares_few_connections(server: Server) -> None:
     async with opened(server.url, connections=4) as index:
-        await asyncio.gather(*(index.alive(f"g{n}") for n in range(100)))
+        await asyncio.gather(*(index.replicas() for _ in range(100)))
         assert 1 < len(await index._client.client_list()) <= 4
 
 
@@ -230,7 +230,7 @@ async def test_nobody_listens() -> None:
     with redis_server() as server:  # not started
         async with opened(server.url) as index:
             with pytest.raises(IndexUnavailable):
-                await index.alive("g")
+                await index.replicas()
 
 
 @pytest.mark.parametrize(
