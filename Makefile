@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
 
-.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan clean
+.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan bench-ann clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ bench-policies: model ## the policies on the real engine, beside stock vLLM, whe
 
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan
+
+bench-ann: $(READY) ## progressive search of 100,000 passages, and what orderings waste
+	@$(BIN)/python -m loadtest.bench_ann
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -63,7 +63,7 @@ class Collection:
         )
 
     def nearest(self, vectors: Vectors, places: int) -> list[list[str]]:
-        """The ids of the true nearest for each vector, by comparing with all: slow."""
+        """The ids of the true nearest for each vector, best first, by comparing with all: slow."""
         keep = np.setdiff1d(np.arange(len(self.rows)), sorted(self.replaced))
         scores = vectors @ self.index.reconstruct_batch(keep).T
         best = np.argsort(-scores, axis=1)[:, :places]
