@@ -30,14 +30,16 @@ from deploy.model import cache_dir
 from loadtest.orderings import costs, synthetic
 from loadtest.passages import passages
 from loadtest.report import machine, p50_p95_p99, slashed
-from retrieval.ann import EFFORTS, AnnSearch
+from retrieval.ann import AnnSearch
 from retrieval.collections.collection import Collection, empty
 from retrieval.collections.store import CollectionExists, Collections
 from retrieval.embedding import MiniLm
 from retrieval.ordering import Documents
+from retrieval.refine import Rounds
 from retrieval.source import Query
 
 PLACES = 10
+EFFORTS = Rounds().efforts
 BATCH = 10_000
 PASSAGES, QUESTIONS = "passages", "questions"
 QUESTION_CHARS = 200
@@ -129,7 +131,7 @@ def restart(collections: Collections, folder: Path) -> dict[str, float]:
 async def search(collections: Collections, texts: Sequence[str]) -> dict[str, Any]:
     """Ask all questions, with all rounds and as a user would, and compare with the truth."""
     nearest = exact(collections, texts)
-    full = AnnSearch(collections, PASSAGES, places=PLACES, unchanged_rounds=len(EFFORTS))
+    full = AnnSearch(collections, PASSAGES, places=PLACES, rounds=Rounds(EFFORTS, len(EFFORTS)))
     usual = AnnSearch(collections, PASSAGES, places=PLACES)
     rounds = [await rankings(full, text) for text in texts]
     found = [await rankings(usual, text) for text in texts]

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Callable
-from functools import partial
-from typing import Final, TypeVar
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from retrieval.collections.collection import Collection
 from retrieval.collections.store import CollectionError, Collections
+from retrieval.deadlines import DeadlinePassed, in_time
 from retrieval.embedding import EmbedderMissing, Vectors
-from retrieval.source import Mode, Query, Ranked, SourceFailed
-
-EFFORTS: Final = (20, 40, 80, 160, 320, 640)
-"""Candidates kept in each round (HNSW's ef). Fewer rounds in between, fewer changes in all."""
-
-T = TypeVar("T")
+from retrieval.refine import Rounds, refine
+from retrieval.source import Mode, Passage, Query, Ranked, SourceFailed
 
 
 class AnnSearch:
     """The passages of a collection nearest to the query, in better and better rankings.
 
-    Each round searches with more effort and yields its ranking, also when it is the same. The
-    search ends after the last round, at the deadline, or when `unchanged_rounds` rounds in a row
-    have changed nothing.
+    Works in threads: the event loop stays free. A step under way in a thread can't be stopped, but
+    nobody waits for it after the deadline or when the search is closed.
     """
 
     mode: Mode = "update"
@@ -35,15 +29,13 @@ class AnnSearch:
         collection: str,
         *,
         places: int = 10,
-        efforts: tuple[int, ...] = EFFORTS,
-        unchanged_rounds: int = 2,
+        rounds: Rounds = Rounds(),  # noqa: B008
     ) -> None:
         self.name = f"ann:{collection}"
         self._collections = collections
         self._collection = collection
         self._places = places
-        self._efforts = efforts
-        self._unchanged_rounds = unchanged_rounds
+        self._rounds = rounds
 
     async def search(self, query: Query) -> AsyncGenerator[Ranked, None]:
         """As of `Source`.
@@ -51,33 +43,21 @@ class AnnSearch:
         Raises:
             SourceFailed: the collection or the model is not there.
         """
-        unchanged, before = 0, None
         try:
-            collection, vector = await self._prepared(query)
-            for effort in self._efforts:
-                found = await _in_thread(
-                    query, partial(collection.search, vector, self._places, effort)
-                )
-                yield Ranked(found)
-                unchanged = unchanged + 1 if found == before else 0
-                if unchanged >= self._unchanged_rounds:
-                    return
-                before = found
-        except TimeoutError:
+            collection, vector = await in_time(query, self._prepared(query))
+        except DeadlinePassed:
             return
-
-    async def _prepared(self, query: Query) -> tuple[Collection, Vectors]:
-        embed = self._collections.embedder.embed
-        try:
-            collection = await _in_thread(query, partial(self._collections.open, self._collection))
-            vectors = await _in_thread(query, partial(embed, [query.text]))
         except (CollectionError, EmbedderMissing) as exc:
             raise SourceFailed(str(exc)) from exc
+
+        async def find(effort: int) -> tuple[Passage, ...]:
+            return await asyncio.to_thread(collection.search, vector, self._places, effort)
+
+        async with aclosing(refine(query, find, self._rounds)) as rankings:
+            async for ranked in rankings:
+                yield ranked
+
+    async def _prepared(self, query: Query) -> tuple[Collection, Vectors]:
+        collection = await asyncio.to_thread(self._collections.open, self._collection)
+        vectors = await asyncio.to_thread(self._collections.embedder.embed, [query.text])
         return collection, vectors[0]
-
-
-async def _in_thread(query: Query, work: Callable[[], T]) -> T:
-    """Do it off the event loop. Raises TimeoutError at the query's deadline."""
-    left_s = None if query.deadline_s is None else query.deadline_s - time.monotonic()
-    async with asyncio.timeout(left_s):
-        return await asyncio.to_thread(work)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from functools import lru_cache
 from itertools import chain, zip_longest
 from typing import Final, Literal
 
+from retrieval.deadlines import left_s
 from retrieval.ordering import ORDERINGS, Documents, OrderingName
 from retrieval.source import Found, Passage, Query, Ranked, Source, SourceFailed
 
@@ -132,7 +132,7 @@ class MergedSearch:
     async def _follow(self, lane: _Lane, query: Query) -> None:
         """Take what one source says until it ends."""
         query = replace(query, deadline_s=_earliest(query.deadline_s, lane.part.deadline_s))
-        limit = asyncio.timeout(_left_s(query))
+        limit = asyncio.timeout(left_s(query))
         try:
             async with limit, aclosing(lane.part.source.search(query)) as events:
                 async for event in events:
@@ -148,8 +148,8 @@ class MergedSearch:
                 lane.end("failed", f"{type(exc).__name__}: {exc}")
         else:
             # a source that minds its deadline ends by itself
-            left_s = _left_s(query)
-            lane.end("complete" if left_s is None or left_s > 0 else "deadline")
+            left = left_s(query)
+            lane.end("complete" if left is None or left > 0 else "deadline")
         finally:
             self._changed.set()
 
@@ -239,7 +239,3 @@ class _Selection:
 
 def _earliest(*deadlines_s: float | None) -> float | None:
     return min((deadline for deadline in deadlines_s if deadline is not None), default=None)
-
-
-def _left_s(query: Query) -> float | None:
-    return None if query.deadline_s is None else query.deadline_s - time.monotonic()

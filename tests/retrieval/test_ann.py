@@ -18,6 +18,7 @@ from retrieval.ann import AnnSearch
 from retrieval.collections.__main__ import main
 from retrieval.collections.store import Collections
 from retrieval.embedding import Vectors
+from retrieval.refine import Rounds
 from retrieval.source import Passage, Query, Ranked, SourceFailed
 from tests.retrieval.words import Words
 
@@ -71,7 +72,7 @@ def recall(found: Ranked, nearest: list[str]) -> float:
 
 
 async def test_rankings_get_better_until_they_are_exact(many: Collections) -> None:
-    source = AnnSearch(many, "all", efforts=(10, 40, 160, 2000), unchanged_rounds=4)
+    source = AnnSearch(many, "all", rounds=Rounds((10, 40, 160, 2000), unchanged=4))
     found = await rankings(source, Query("anything"))
     (nearest,) = many.open("all").nearest(many.embedder.embed(["anything"]), 10)
     recalls = [recall(each, nearest) for each in found]
@@ -82,7 +83,7 @@ async def test_rankings_get_better_until_they_are_exact(many: Collections) -> No
 
 async def test_it_ends_when_nothing_has_changed_for_some_rounds(many: Collections) -> None:
     for rounds in (1, 2, 3):
-        source = AnnSearch(many, "all", efforts=(2000,) * 9, unchanged_rounds=rounds)
+        source = AnnSearch(many, "all", rounds=Rounds((2000,) * 9, unchanged=rounds))
         assert len(await rankings(source, Query("anything"))) == 1 + rounds
 
 
