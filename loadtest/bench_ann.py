@@ -28,18 +28,18 @@ import psutil
 
 from deploy.model import cache_dir
 from loadtest.orderings import costs, synthetic
-from loadtest.passages import passages
+from loadtest.passages import installed, passages
 from loadtest.report import machine, p50_p95_p99, slashed
 from retrieval.ann import AnnSearch
 from retrieval.collections.collection import Collection, empty
 from retrieval.collections.store import CollectionExists, Collections
 from retrieval.embedding import MiniLm
 from retrieval.ordering import Documents
-from retrieval.refine import Rounds
+from retrieval.refine import DOUBLING, Rounds
 from retrieval.source import Query
 
 PLACES = 10
-EFFORTS = Rounds().efforts
+EFFORTS = DOUBLING.efforts
 BATCH = 10_000
 PASSAGES, QUESTIONS = "passages", "questions"
 QUESTION_CHARS = 200
@@ -84,7 +84,7 @@ def fill(collections: Collections, count: int, questions: int) -> dict[str, floa
     if there == count and len(collections.open(QUESTIONS)) == questions:
         print(f"{count} passages are there from an earlier run")
         return {}
-    found = passages(count + questions)
+    found = passages(count + questions, installed())
     if len(found) < count + questions:
         sys.exit(f"there are only {len(found)} passages in the packages installed here")
     collections.embedder.embed(["loads the model"])

@@ -7,7 +7,7 @@ import hashlib
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,12 +17,17 @@ MIN_CHARS = 60
 MAX_CHARS = 1200
 
 
-def passages(count: int) -> list[Passage]:
+def installed() -> list[Path]:
+    """The folders of the standard library and of the packages."""
+    return [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+
+
+def passages(count: int, folders: Sequence[Path]) -> list[Passage]:
     """Up to `count` different ones: docstrings and the sections of .rst and .md files.
 
-    The same packages give the same passages, in the same order.
+    The same files give the same passages, in the same order.
     """
-    return list(islice(_distinct(_all()), count))
+    return list(islice(_distinct(_all(folders)), count))
 
 
 def _distinct(found: Iterator[Passage]) -> Iterator[Passage]:
@@ -34,11 +39,10 @@ def _distinct(found: Iterator[Passage]) -> Iterator[Passage]:
             yield passage
 
 
-def _all() -> Iterator[Passage]:
-    roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
-    for root in roots:
+def _all(folders: Sequence[Path]) -> Iterator[Passage]:
+    for root in folders:
         # by a hash of their names: any number of passages is a sample of all packages
-        files = sorted(_files(root), key=lambda f: hashlib.md5(f.encode()).digest())
+        files = sorted(_files(root), key=lambda name: hashlib.md5(name.encode()).digest())
         for name in files:
             yield from _in_file(root, name)
 
@@ -56,7 +60,7 @@ def _in_file(root: Path, name: str) -> Iterator[Passage]:
     for title, piece in pieces:
         cleaned = re.sub(r"[ \t]+", " ", piece).strip()[:MAX_CHARS]
         if len(cleaned) >= MIN_CHARS and "\0" not in cleaned:
-            yield Passage(f"{name}#{title}", cleaned, title)
+            yield Passage(f"{root.name}/{name}#{title}", cleaned, title)
 
 
 def _docstrings(source: str) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from retrieval.collections.collection import Collection
 from retrieval.collections.store import CollectionError, Collections
 from retrieval.deadlines import DeadlinePassed, in_time
 from retrieval.embedding import EmbedderMissing, Vectors
-from retrieval.refine import Rounds, refine
+from retrieval.refine import DOUBLING, Rounds, refine
 from retrieval.source import Mode, Passage, Query, Ranked, SourceFailed
 
 
@@ -29,7 +29,7 @@ class AnnSearch:
         collection: str,
         *,
         places: int = 10,
-        rounds: Rounds = Rounds(),  # noqa: B008
+        rounds: Rounds = DOUBLING,
     ) -> None:
         self.name = f"ann:{collection}"
         self._collections = collections

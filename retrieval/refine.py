@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from retrieval.deadlines import DeadlinePassed, in_time
 from retrieval.source import Passage, Query, Ranked
@@ -13,11 +14,14 @@ from retrieval.source import Passage, Query, Ranked
 class Rounds:
     """How a search is refined."""
 
-    efforts: tuple[int, ...] = (20, 40, 80, 160, 320, 640)
-    """Candidates kept in each round (HNSW's ef). Each next round costs about twice the one before,
-    so all together cost about twice the last."""
-    unchanged: int = 2
+    efforts: tuple[int, ...]
+    """Candidates kept in each round (HNSW's ef)."""
+    unchanged: int
     """The search ends early after so many rounds in a row that have changed nothing."""
+
+
+DOUBLING: Final = Rounds((20, 40, 80, 160, 320, 640), unchanged=2)
+"""All rounds together cost twice the last one; and fewer rounds change the ranking less often."""
 
 
 async def refine(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from retrieval.deadlines import DeadlinePassed, in_time
 from retrieval.embedding import Embedder
-from retrieval.refine import Rounds, refine
+from retrieval.refine import DOUBLING, Rounds, refine
 from retrieval.source import Mode, Passage, Query, Ranked, SourceFailed
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class QdrantSource:
         text_key: str = "text",
         title_key: str = "title",
         places: int = 10,
-        rounds: Rounds = Rounds(),  # noqa: B008
+        rounds: Rounds = DOUBLING,
     ) -> None:
         self.name = f"qdrant:{collection}"
         self._client = client

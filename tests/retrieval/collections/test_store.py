@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,38 @@ def test_deleted_is_gone(collections: Collections) -> None:
     for ask in (collections.open, collections.delete, lambda name: collections.add(name, FRUIT)):
         with pytest.raises(CollectionMissing, match="no collection fruit"):
             ask("fruit")
+
+
+ADDING = """
+import sys
+from pathlib import Path
+from retrieval.collections.store import Collections
+from retrieval.source import Passage
+from tests.retrieval.words import Words
+collections = Collections(Path(sys.argv[1]), Words())
+for n in range(0, 10**6, 7):
+    passages = [Passage(str(i), f"word{i}") for i in range(n, n + 7)]
+    print(collections.add("fruit", passages), flush=True)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("after", [1, 2, 9, 20])
+def test_killed_at_any_moment_it_keeps_what_was_acknowledged(
+    collections: Collections, after: int
+) -> None:
+    collections.create("fruit")
+    command = [sys.executable, "-c", ADDING, str(collections._folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(after):
+            acknowledged = int(process.stdout.readline())
+        time.sleep(0.001 * after)  # somewhere in the next write
+        process.kill()
+    opened = reopened(collections).open("fruit")
+    assert len(opened) >= acknowledged
+    assert len(opened) % 7 == 0
+    assert search(reopened(collections), "word3")[0].id == "3"
 
 
 @pytest.mark.parametrize("dies_in", ["index", "fsync", "replace"])
