@@ -6,7 +6,7 @@ fed one ranking after the other; it answers each with the documents that the pro
 All end with exactly the documents of the last ranking.
 
 A ranking changes at its end: a better document found anywhere pushes the last one out. How many
-places are at risk shows in how many documents came new; see `_at_risk`.
+places are at risk shows in how many documents came new; see `_safe_places`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Stable:
     """Documents keep their place while they are in the ranking, and new ones go behind.
 
     A document that dropped out is removed at once. What stood behind it has to be computed again
-    anyway, so it is put into the order of the ranking: the worst, most at risk, comes last.
+    anyway, so it is put into the order of the ranking: the worst, most at risk, stands last.
     """
 
     def __init__(self) -> None:
@@ -93,14 +93,9 @@ class Stable:
     def _place(self, safe_places: int) -> Documents:
         """Remove what dropped out; let those on the first `safe_places` of the ranking enter."""
         kept = _untouched(self._placed, self._ranked)
-        standing, touched = _keys(kept), _keys(self._placed) - _keys(kept)
-        behind = [passage for passage in self._ranked if _key(passage) in touched]
-        new = [
-            passage
-            for passage in self._ranked[:safe_places]
-            if _key(passage) not in standing | touched
-        ]
-        self._placed = (*kept, *behind, *new)
+        standing, behind = _keys(kept), _keys(self._placed) - _keys(kept)
+        entering = _keys(self._ranked[:safe_places]) - standing
+        self._placed = (*kept, *(p for p in self._ranked if _key(p) in behind | entering))
         return self._placed
 
 
