@@ -21,7 +21,7 @@ Documents = tuple[Passage, ...]
 
 FIRST_AT_RISK: Final = 0.5
 """Share of the first ranking's places, from the back, whose documents do not enter at once."""
-AT_RISK_PER_NEW: Final = 2
+AT_RISK_PER_NEW: Final = 3
 """Places at risk for each document that was not in the ranking before."""
 
 
@@ -129,8 +129,8 @@ def _safe_places(before: Documents, ranked: Documents) -> int:
     """How many places from the front hold documents that are likely to stay.
 
     Each document that will still be found costs the last one its place. A search that improves
-    finds fewer from ranking to ranking, so twice as many as it has just found is cautious; and when
-    it found nothing new, nothing is at risk.
+    finds fewer from ranking to ranking, so three times as many as it has just found is cautious;
+    and when it found nothing new, nothing is at risk.
     """
     if not before:
         return len(ranked) - int(len(ranked) * FIRST_AT_RISK)

@@ -116,7 +116,7 @@ def test_all_enter_when_a_ranking_brings_nothing_new() -> None:
 def test_a_change_near_the_top_costs_stable_nothing() -> None:
     stable = Stable()
     stable.update(ranking("abcdefgh"))
-    assert stable.update(ranking("xabcdefg")) == ranking("abcdxe")
+    assert stable.update(ranking("xabcdefg")) == ranking("abcdx")
 
 
 def test_a_changed_text_is_another_document() -> None:
