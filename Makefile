@@ -13,7 +13,7 @@ export VLLM_NO_USAGE_STATS := 1
 bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan \
-    bench-index bench-routing bench-crawl clean
+    bench-index bench-routing bench-crawl bench-ann clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -78,6 +78,9 @@ bench-routing: model ## which of two real engines a stream goes to: by prefix, b
 
 bench-crawl: $(READY) ## the crawler on two sites, beside wget where there is one
 	@$(BIN)/python -m loadtest.bench_crawl
+
+bench-ann: $(READY) ## progressive search of 100,000 passages, and what orderings waste
+	@$(BIN)/python -m loadtest.bench_ann
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
