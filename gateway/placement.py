@@ -35,6 +35,8 @@ class Engine:
     """Streams placed there whose answer is not complete."""
     placed_tokens: int = field(default=0)
     """Of the prompts placed there since it was last asked."""
+    streams_told: int = field(default=0)
+    """What `streams` was when it was last asked."""
 
     @property
     def url(self) -> str:
@@ -58,6 +60,7 @@ class Engine:
             url=self.url,
             streams=self.streams,
             waiting_tokens=info.waiting_tokens + self.placed_tokens,
+            open_prompts=max(info.open_prompts + self.streams - self.streams_told, 0),
             running=info.running,
             kv_use=used,
             held_tokens=held_tokens,
@@ -189,7 +192,7 @@ class Engines:
             if before is not None:
                 logger.warning("engine %s is gone: %s", engine.url, e)
         else:
-            engine.placed_tokens = 0
+            engine.placed_tokens, engine.streams_told = 0, engine.streams
             if before is None:
                 logger.info("engine %s serves %s", engine.url, engine.info.model)
         self._metrics.engine_up.labels(engine.url).set(engine.info is not None)

@@ -6,6 +6,7 @@ come, so the weights need no tuning to one machine:
 - `missing`: tokens of the prompt that the engine does not hold, times `MISSING_WEIGHT`: computing
   them delays this prompt and then whoever comes behind it.
 - `queued`: tokens that others wait for there.
+- `open`: prompts whose input is still open there, `OPEN_TOKENS` each: more of them is to come.
 - `running`: answers under way, each of which takes a token of every step; `RUNNING_TOKENS` each.
 - `memory`: `FULL_TOKENS` times the square of the share of KV blocks in use. Nearly nothing on an
   engine with room, and more than most prompts on a full one, where room has to be made first.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 MISSING_WEIGHT = 2
+OPEN_TOKENS = 256
 RUNNING_TOKENS = 32
 FULL_TOKENS = 2048
 
@@ -32,6 +34,8 @@ class Candidate:
     """Placed there by this gateway, not ended yet."""
     waiting_tokens: int
     """Still to be computed there, by its own word, and placed there since."""
+    open_prompts: int
+    """Whose input is not closed, by its own word, and as streams came and went since."""
     running: int
     kv_use: float
     """Share of its KV blocks that requests hold, 0 to 1."""
@@ -47,6 +51,7 @@ class Score:
     missing: int
     """Before it is weighted."""
     queued: int
+    open: int
     running: int
     memory: int
     total: int
@@ -101,10 +106,13 @@ def score(candidate: Candidate, prompt_tokens: int, *, use_held: bool) -> Score:
     """What a prompt would wait for on one engine."""
     held = min(candidate.held_tokens, prompt_tokens) if use_held else 0
     missing = prompt_tokens - held
-    running = RUNNING_TOKENS * candidate.running
-    memory = round(FULL_TOKENS * candidate.kv_use**2)
-    total = MISSING_WEIGHT * missing + candidate.waiting_tokens + running + memory
-    return Score(held, missing, candidate.waiting_tokens, running, memory, total)
+    load = (
+        candidate.waiting_tokens,
+        OPEN_TOKENS * candidate.open_prompts,
+        RUNNING_TOKENS * candidate.running,
+        round(FULL_TOKENS * candidate.kv_use**2),
+    )
+    return Score(held, missing, *load, MISSING_WEIGHT * missing + sum(load))
 
 
 def _least(

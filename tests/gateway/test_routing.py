@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest_asyncio
@@ -25,6 +25,7 @@ candidates = st.lists(
         url=st.uuids().map(str),
         streams=st.integers(0, 50),
         waiting_tokens=st.integers(0, 100_000),
+        open_prompts=st.integers(0, 50),
         running=st.integers(0, 100),
         kv_use=st.floats(0, 1),
         held_tokens=st.integers(0, 20_000),
@@ -51,7 +52,7 @@ def test_prefix_takes_the_engine_with_least_to_do_before_the_first_token(
 def test_least_load_does_not_look_at_what_is_held(
     engines: list[Candidate], prompt_tokens: int
 ) -> None:
-    bare = [Candidate(e.url, e.streams, e.waiting_tokens, e.running, e.kv_use) for e in engines]
+    bare = [replace(engine, held_tokens=0) for engine in engines]
     best, _ = POLICIES["least-load"](engines, prompt_tokens, 0)
     assert best.url == POLICIES["least-load"](bare, prompt_tokens, 0)[0].url
 
