@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,7 @@ pytest.importorskip("vllm")
 
 from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling.policies import POLICIES
-from tests.engine_adapter.harness import MAX_MODEL_LEN, Engine, expected_answer
+from tests.engine_adapter.harness import BLOCK_SIZE, MAX_MODEL_LEN, Engine, expected_answer
 
 SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // 4 + 8
 """Room for one longest prompt and a little more, plus vLLM's null block."""
@@ -33,6 +34,7 @@ class History:
         self.ends: dict[str, tuple[str, list[int]]] = {}  # prompt and tokens, by request
         self.given_up: list[str] = []
         self.documents = [self.text(self.random.randint(1, 30)) for _ in range(4)]
+        self.story = self.text(MAX_MODEL_LEN - 12)
         self.number = 0
 
     def text(self, length: int) -> list[int]:
@@ -41,6 +43,12 @@ class History:
     def new_id(self) -> str:
         self.number += 1
         return f"r{self.number}"
+
+    def more_of_the_story(self, tokens: list[int], room: int) -> list[int]:
+        """The next piece of what several prompts read, each in pieces of its own; or nothing."""
+        if self.random.random() < 0.5 or self.story[: len(tokens)] != tokens:
+            return []
+        return self.story[len(tokens) :][: self.random.randint(0, max(room, 0))]
 
     def some_tokens(self, room: int) -> list[int]:
         """Often the start of a document that others use too, so that prefixes are shared."""
@@ -69,7 +77,7 @@ class History:
 
     def do_open(self) -> None:
         prompt_id = self.new_id()
-        tokens = self.some_tokens(20) or [1]
+        tokens = self.more_of_the_story([], 20) or self.some_tokens(20) or [1]
         self.engine.scheduler.open_prompt(prompt_id, list(tokens), None, self.engine.hasher)
         self.open[prompt_id] = tokens
         self.versions[prompt_id] = 0
@@ -91,7 +99,9 @@ class History:
     def changed(self, tokens: list[int], keep_all: bool) -> tuple[int, list[int]]:
         longest = min(len(tokens), MAX_MODEL_LEN - 12)
         keep = longest if keep_all else self.random.randint(0, longest)
-        return keep, self.some_tokens(min(30, MAX_MODEL_LEN - 12 - keep)) or ([] if keep else [2])
+        room = min(30, MAX_MODEL_LEN - 12 - keep)
+        new = self.more_of_the_story(tokens[:keep], room) or self.some_tokens(room)
+        return keep, new or ([] if keep else [2])
 
     def reopen(self, prompt_id: str, tokens: list[int]) -> list[int]:
         """Update a prompt whose input is closed; its new tokens."""
@@ -293,6 +303,50 @@ def test_documents_that_come_back_are_found_in_the_prefix_cache(model_dir: Path)
     engine.scheduler.extend_prompt("p", 0, first)
     engine.step()
     assert engine.scheduler.status("p")["computed"] == 40
+
+
+def test_documents_that_another_prompt_has_read_are_not_computed_again_piece_by_piece(
+    model_dir: Path,
+) -> None:
+    engine = Engine(model_dir, SMALL_POOL_BLOCKS)
+    scheduler, documents = engine.scheduler, [[n] * 11 for n in range(6)]
+    computed = 0
+
+    def read(prompt_id: str, wait: bool) -> None:
+        nonlocal computed
+        scheduler.open_prompt(prompt_id, [9, 9, 9], None, engine.hasher)
+        length = 3
+        for document in documents:
+            scheduler.extend_prompt(prompt_id, length, document)
+            length += len(document)
+            while wait and engine.step():
+                pass
+        engine.drain()
+        assert scheduler.status(prompt_id)["computed"] == length - 1
+
+    schedule = scheduler.schedule
+
+    def counting(*args: Any) -> Any:
+        nonlocal computed
+        output = schedule(*args)
+        computed += output.total_num_scheduled_tokens
+        return output
+
+    engine.scheduler.schedule = counting  # type: ignore[method-assign]
+    read("first", wait=True)
+    assert computed == 68
+    computed = 0
+    read("second", wait=True)  # only what is left behind a whole block, each time
+    assert computed <= 7 * (BLOCK_SIZE - 1)
+    computed = 0
+    tokens = [9, 9, 9, *(t for document in documents for t in document)]
+    scheduler.open_prompt("third", tokens[:6], None, engine.hasher)
+    engine.drain()
+    computed = 0
+    engine.request("end", tokens, 2, "third")  # the closing request finds the rest too
+    engine.drain()
+    assert computed <= BLOCK_SIZE + 2
+    assert engine.answers["end"] == expected_answer(tokens, 2)
 
 
 def swapped_out(model_dir: Path, host_blocks: int = 60) -> Engine:
