@@ -1,6 +1,6 @@
 """`make demo`: an answer that starts almost when its context is complete.
 
-Starts a real engine, the gateway, and the documentation server that ships with Python;
+Starts a real engine, Redis, the gateway, and the documentation server that ships with Python;
 crawls that site; streams each page as it arrives; asks; then sends the same context whole.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from deploy.local import EngineOptions, Server, engine, free_port, gateway
+from deploy.local import EngineOptions, Server, engine, free_port, gateway, redis_server
 from deploy.model import MODEL_NAME
 from gateway.client import Client, Stream
 from retrieval.addresses import FetchPolicy
@@ -60,19 +60,20 @@ def main() -> int:
 def start(running: ExitStack) -> tuple[str, str]:
     """Start the servers. Returns the URLs of the gateway and of the site to crawl."""
     begun_s = time.monotonic()
-    llm = running.enter_context(engine(EngineOptions(max_model_len=8192)))
+    llm = running.enter_context(engine(EngineOptions(max_model_len=8192, kv_events=True)))
+    redis = running.enter_context(redis_server())
     port = free_port()
     command = [sys.executable, "-m", "pydoc", "-n", "127.0.0.1", "-p", str(port)]
     docs = running.enter_context(Server("pydoc", command, port=port, ready_path="/"))
-    front = running.enter_context(gateway([llm.url]))
+    front = running.enter_context(gateway([llm.url], ["--index", redis.url]))
     say(f"starting vLLM with {MODEL_NAME} on this CPU (about a minute) ...")
-    for server in (llm, docs, front):
+    for server in (llm, docs, redis, front):
         server.start()
     llm.wait_ready(180, waiting=_dots())
-    docs.wait_ready(30)
-    front.wait_ready(60)
+    for server in (docs, redis, front):
+        server.wait_ready(60)
     _ready(front)
-    say(f"\nengine {llm.url}, gateway {front.url}, site {docs.url}  "
+    say(f"\nengine {llm.url}, gateway {front.url}, index {redis.url}, site {docs.url}  "
         f"[{time.monotonic() - begun_s:.0f} s]\n")  # fmt: skip
     return front.url, docs.url
 
