@@ -25,6 +25,8 @@ from typing import Protocol
 
 import msgspec
 
+EXACT_NAMES = 1 + 4 + 16
+"""How many names at the front of a prompt `BlockIndex.longest` looks up one by one."""
 NAME_BYTES = 8
 """Length of a block's name: the last bytes of its hash, as engines publish it."""
 
@@ -162,9 +164,9 @@ class BlockIndex(Protocol):
     async def longest(self, family: str, names: bytes, engines: Sequence[str]) -> Mapping[str, int]:
         """How many of these names, from the first without a gap, each engine holds.
 
-        One round trip, whatever the number of engines and blocks. A gap far from the beginning,
-        with names held behind it, may be overlooked: engines hardly ever have one, since they
-        give up the end of a prompt before its beginning.
+        One round trip, whatever the number of engines and blocks. Behind the first `EXACT_NAMES`
+        the end is found by halving, so a gap there, with names held behind it, may be overlooked:
+        engines hardly ever have one, since they give up the end of a prompt before its beginning.
 
         Returns:
             A count for every engine asked about, 0 if nothing is known of it.

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from msgspec.structs import replace
 
-from cache_index.index import NAME_BYTES, Change, OutOfOrder, Stale, StreamRecord
+from cache_index.index import (
+    EXACT_NAMES,
+    NAME_BYTES,
+    Change,
+    OutOfOrder,
+    Stale,
+    StreamRecord,
+)
 
 SWEEP_EVERY_WRITES = 1024
 
@@ -113,8 +121,12 @@ class MemoryIndex:
         held = self._engines.get(key(family, engine))
         if held is None:
             return 0
-        gaps = (i for i, name in enumerate(wanted) if name not in held.names)
-        return next(gaps, len(wanted))
+        names, exact = held.names, min(EXACT_NAMES, len(wanted))
+        for i in range(exact):
+            if wanted[i] not in names:
+                return i
+        behind = range(exact, len(wanted))
+        return exact + bisect_left(behind, True, key=lambda i: wanted[i] not in names)
 
     async def apply(
         self,

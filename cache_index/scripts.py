@@ -13,13 +13,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from cache_index.index import NAME_BYTES
+from cache_index.index import EXACT_NAMES, NAME_BYTES
 
 SLICE_NAMES = 256
 """Names handed to one command: Lua's stack is not made for thousands."""
-
-EXACT_NAMES = 1 + 4 + 16
-"""Names at the beginning of a prompt that are looked up one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ local function held_of(key)
   end
   local missing = total + 1
   while missing - held > 1 do
-    local middle = math.floor((held + missing) / 2)
+    local middle = math.floor((held + missing + 1) / 2)
     if redis.call('SISMEMBER', key, name(middle)) == 1 then held = middle else missing = middle end
   end
   return held
