@@ -143,7 +143,7 @@ class PromptTokens(Message, frozen=True):
     prompt_id: str
     version: int
     finished: bool
-    """Its input is closed. When nobody reads its answer any more, its tokens are gone."""
+    """Its input is closed."""
     tokens: list[int]
 
 

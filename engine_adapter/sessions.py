@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -82,6 +83,9 @@ class Session:
     lease_s: float
     expires_s: float
     version: int = 0
+    read: array[int] | None = field(default=None, repr=False)
+    """The tokens of a prompt whose answer nobody reads any more: the reader may have died, and
+    another one may begin again."""
     answer: Answer | None = None
     """To the prompt, once its input is closed."""
     progress: asyncio.Task[Progress] | None = field(default=None, repr=False)
@@ -239,13 +243,13 @@ class Sessions:
             prompt_id=prompt_id,
             version=session.version,
             finished=session.finished,
-            tokens=session.tokens,
+            tokens=session.tokens if session.read is None else list(session.read),
         )
 
     def answered(self, session: Session, answer: Answer) -> None:
         """Nobody reads the answer any more. Until its lease ends the id is known as finished."""
         answer.end()
-        session.tokens = []
+        session.read, session.tokens = array("I", session.tokens), []
 
     async def expire(self, now_s: float) -> list[str]:
         """Free the prompts whose lease has run out, and say which.

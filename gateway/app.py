@@ -27,6 +27,7 @@ from gateway.keys import (
     SETTINGS,
     STREAMS,
     TAKING_OVER,
+    TELLING,
 )
 from gateway.placement import Engines
 from gateway.prefixes import Prefixes
@@ -46,7 +47,7 @@ def build(settings: Settings) -> web.Application:
     )
     app[SETTINGS] = settings
     app[METRICS] = Metrics()
-    app[BUILDERS], app[TAKING_OVER] = {}, {}
+    app[BUILDERS], app[TAKING_OVER], app[TELLING] = {}, {}, set()
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
     app.add_routes(
         [web.get("/health", _health), web.get("/ready", _ready), web.get("/metrics", _metrics)]

@@ -4,6 +4,7 @@
      +- BadRequest               400  invalid_request_error
      |   +- ContextTooLong       400  the chunk that crosses the model's length
      |   +- Unsupported          400  a parameter that can't be honoured
+     |   +- UnknownDocument      400  an id alone, of which the stream has no text
      +- StreamNotFound           404  unknown, forgotten or never opened
      +- ModelNotFound            404  no engine serves that model
      +- Conflict                 409
@@ -59,6 +60,12 @@ class ContextTooLong(BadRequest):
     """This input would not leave room for the answer; the stream stays as it was."""
 
     code = "context_length_exceeded"
+
+
+class UnknownDocument(BadRequest):
+    """A document was named by its id alone, and the stream does not have its text."""
+
+    code = "unknown_document"
 
 
 class Unsupported(BadRequest):

@@ -40,25 +40,27 @@ class Guard:
         """
         if self.away:
             raise IndexUnavailable("it is away")
-        return await self.attempt(call)
+        return await self._timed(call)
 
     async def attempt(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call, also if the index is away; whether it is shows in `away` afterwards.
+        """Make a call, also if the index is away; afterwards it is away if the call failed.
 
         Raises:
             IndexUnavailable
         """
+        result = await self._timed(call)
+        self.away = False
+        self._metrics.index_up.set(1)
+        return result
+
+    async def _timed(self, call: Callable[[], Awaitable[T]]) -> T:
         begun_s = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
-                result = await call()
+                return await call()
         except (IndexUnavailable, TimeoutError) as e:
             self._set_away(str(e) or f"no answer in {self._timeout_s:g} s")
             raise IndexUnavailable("it does not answer") from e
-        else:
-            self.away = False
-            self._metrics.index_up.set(1)
-            return result
         finally:
             self._metrics.index_seconds.observe(time.monotonic() - begun_s)
 

@@ -4,15 +4,18 @@
     another replica, alive   the request is sent on, and its answer back
     another replica, gone    this replica takes the stream over, and the handler answers
 
-A replica is gone if it can't be connected to, or if it has not renewed its lease.
+A replica is gone if it refuses connections, or if it has not renewed its lease when it does not
+answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from urllib.parse import quote
 
 import aiohttp
 from aiohttp import web
@@ -24,7 +27,7 @@ from gateway import record as records
 from gateway.bodies import read_body
 from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
 from gateway.keeper import Keeper, Moved
-from gateway.keys import ENGINES, KEEPER, METRICS, SESSION, SETTINGS, STREAMS, TAKING_OVER
+from gateway.keys import ENGINES, KEEPER, METRICS, SESSION, SETTINGS, STREAMS, TAKING_OVER, TELLING
 from gateway.line import abort
 from gateway.placement import Engine, ModelPlacer
 from gateway.record import Ledger
@@ -39,6 +42,10 @@ FORWARDED = "X-Stream2llm-Forwarded"
 MAX_ATTEMPTS = 5
 ASKING_S = 2.0
 """How long another replica may take to say whether it has a stream."""
+PAUSE_S = 0.02
+UNKNOWN_S = 30.0
+"""How long such a replica is waited for when the index can't say whether it is alive."""
+SSE = "text/event-stream"
 WATCH_S = 0.5
 """How often a replica that does not answer is looked up."""
 
@@ -71,16 +78,18 @@ def on_stream(
     def decorate(handler: Handler) -> Route:
         async def route(request: web.Request) -> web.StreamResponse:
             body = await read_body(request, limit(request.app[SETTINGS]))
-            for _ in range(MAX_ATTEMPTS):
+            for attempt in range(MAX_ATTEMPTS):
+                await asyncio.sleep(PAUSE_S * attempt)
                 with suppress(Moved):
                     found = await _find(request)
                     if isinstance(found, Stream):
                         return await handler(request, found, body)
                     holder = found if isinstance(found, str) else found.holder
                     try:
-                        return await _send_on(request, body, holder)
+                        again = repeatable(body)
+                        return await _send_on(request, body, holder, repeatable=again)
                     except HolderGone as gone:
-                        if isinstance(found, str) or (gone.heard and not repeatable(body)):
+                        if isinstance(found, str) or (gone.heard and not again):
                             raise EngineFailed("the replica that held the stream died") from gone
                         await _take_over(request.app, request.match_info["id"], found)
             raise IndexAway("the stream moves between replicas")
@@ -130,7 +139,8 @@ async def _asked_around(request: web.Request) -> str:
 
 
 async def _has(app: web.Application, replica: str, stream_id: str) -> bool:
-    url, headers = f"{replica}/v1/streams/{stream_id}", {FORWARDED: app[KEEPER].replica}
+    url = f"{replica}/v1/streams/{quote(stream_id, safe='')}"
+    headers = {FORWARDED: app[KEEPER].replica}
     timeout = aiohttp.ClientTimeout(total=ASKING_S)
     with suppress(aiohttp.ClientError, TimeoutError):
         async with app[SESSION].get(url, headers=headers, timeout=timeout) as answer:
@@ -141,7 +151,9 @@ async def _has(app: web.Application, replica: str, stream_id: str) -> bool:
 # Sending on.
 
 
-async def _send_on(request: web.Request, body: bytes, holder: str) -> web.StreamResponse:
+async def _send_on(
+    request: web.Request, body: bytes, holder: str, *, repeatable: bool
+) -> web.StreamResponse:
     """Have the holder answer.
 
     Raises:
@@ -162,14 +174,43 @@ async def _send_on(request: web.Request, body: bytes, holder: str) -> web.Stream
     )
     try:
         answer = await _watched(asyncio.ensure_future(sent), app[KEEPER], holder)
-    except aiohttp.ClientConnectorError as e:
+    except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorDNSError) as e:
+        raise EngineFailed("the replica that holds the stream can't be reached") from e
+    except aiohttp.ClientConnectorError as e:  # refused: nobody listens there any more
         raise HolderGone(heard=False) from e
     except (aiohttp.ClientError, TimeoutError) as e:
-        raise HolderGone(heard=True) from e
+        if not repeatable:
+            raise EngineFailed("the connection to the replica that holds the stream broke") from e
+        raise Moved from e  # if that one is dead, the next connection is refused
+    except asyncio.CancelledError:
+        _hung_up(app, request, holder)
+        raise
     async with answer:
         if answer.status == NotHeld.status:
             raise Moved
-        return await relay(request, answer)
+        silence_s = 3 * app[SETTINGS].heartbeat_s if answer.content_type == SSE else None
+        try:
+            return await relay(request, answer, silence_s)
+        except (asyncio.CancelledError, ConnectionError):
+            _hung_up(app, request, holder)
+            raise
+
+
+def _hung_up(app: web.Application, request: web.Request, holder: str) -> None:
+    """The client is gone. The holder sees a connection break, and can't tell whether that was the
+    client or only this replica, so it is told."""
+    if not request.path.endswith("/finish"):
+        return
+
+    async def told() -> None:
+        url = holder + request.path.removesuffix("/finish")
+        headers, timeout = {FORWARDED: app[KEEPER].replica}, aiohttp.ClientTimeout(total=ASKING_S)
+        with suppress(aiohttp.ClientError, TimeoutError):
+            await app[SESSION].delete(url, headers=headers, timeout=timeout)
+
+    task = asyncio.create_task(told())
+    app[TELLING].add(task)
+    task.add_done_callback(app[TELLING].discard)
 
 
 async def _watched(
@@ -177,6 +218,7 @@ async def _watched(
 ) -> aiohttp.ClientResponse:
     """The holder's answer; or HolderGone, when its lease has run out before it answers."""
     try:
+        known_s = time.monotonic()
         while True:
             await asyncio.wait([sending], timeout=WATCH_S)
             if sending.done():
@@ -184,6 +226,9 @@ async def _watched(
             with suppress(IndexAway):
                 if holder not in await keeper.others():
                     raise HolderGone(heard=True)
+                known_s = time.monotonic()
+            if time.monotonic() > known_s + UNKNOWN_S:
+                raise EngineFailed("the replica that holds the stream does not answer")
     finally:
         sending.cancel()
 
@@ -213,20 +258,26 @@ async def _taken_over(app: web.Application, stream_id: str, record: StreamRecord
     record = await app[KEEPER].claim(stream_id, record.epoch)
     logger.warning("stream %s is taken over", stream_id)
     app[METRICS].taken_over.inc()
+    if record.state not in ALIVE:
+        raise StreamNotFound(f"no stream {stream_id!r}")
     found = records.read(record)
     engine = app[ENGINES].by_url(record.engine)
     has = await _what_is_there(engine, found.about.prompt_id)
     prompt = found.prompt(
         [] if has is None else has.tokens, None if engine is None else engine.hashing
     )
+    resumable = has is not None and not has.finished
+    if not resumable:
+        await abort(engine, found.about.prompt_id)
     placer = ModelPlacer(app[ENGINES], found.about.model)
     ledger = Ledger(record.epoch, record.version)
     stream = app[STREAMS].adopt(stream_id, found, prompt, placer, ledger)
-    if has is None or engine is None or has.finished:
-        await abort(engine, found.about.prompt_id)
-    else:
+    # From here to its beginning nothing is waited for: requests find it at once.
+    if resumable and engine is not None and has is not None:
         stream.line.connect(engine)
         stream.line.resume(found.about.prompt_id, has.version, has.tokens, found.confirmed)
+    else:
+        stream.line.begin_anew()
     await stream.begin()
 
 

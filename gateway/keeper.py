@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from cache_index.index import IndexUnavailable, ReplicaIndex, Stale, StreamIndex, StreamRecord
 from gateway.errors import IndexAway
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 BEAT_LEASE_S = 4.0
 """A replica that is silent for so long has lost its streams to whoever is asked for them."""
+GONE_S = 0.001
+"""Lease of a replica that ends."""
 RETRY_S = 0.25
 """Between heartbeats while the index is away."""
 RECOVERY_S = 5.0
@@ -60,11 +63,12 @@ class Keeper:
         self._guard = guard
         self._lease_s = lease_s
         self._metrics = metrics
-        self._returned: Callable[[], Awaitable[None]] | None = None
+        self._returned: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._recovered_s = -float("inf")
         self._beating: asyncio.Task[None] | None = None
+        self._rewriting: asyncio.Task[None] | None = None
 
-    async def start(self, returned: Callable[[], Awaitable[None]]) -> None:
+    async def start(self, returned: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Begin to tell the other replicas that this one is alive.
 
         Args:
@@ -75,10 +79,13 @@ class Keeper:
         self._beating = asyncio.create_task(self._beat_on())
 
     async def stop(self) -> None:
-        """End what `start` has begun."""
-        if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.gather(self._beating, return_exceptions=True)
+        """End what `start` has begun, and tell the others."""
+        tasks = [task for task in (self._beating, self._rewriting) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(IndexUnavailable):
+            await self._guard.call(lambda: self._index.beat(self.replica, GONE_S))
 
     # This replica's streams.
 
@@ -99,9 +106,11 @@ class Keeper:
                 return
             try:
                 await self._write(stream_id, ledger, wanted)
-            except IndexUnavailable:
+            except BaseException as e:
                 ledger.version += 1  # nobody knows whether it was written
                 ledger.written = None
+                if not isinstance(e, IndexUnavailable):
+                    raise
                 self._metrics.unkept.inc()
 
     async def _write(self, stream_id: str, ledger: Ledger, now: Kept) -> None:
@@ -132,6 +141,7 @@ class Keeper:
             else:
                 ledger.written = now
                 return
+        raise IndexUnavailable("the record changes under its holder's hands")
 
     def _must_be_ours(self, ledger: Ledger, found: Stale) -> None:
         if found.epoch > ledger.epoch:
@@ -149,8 +159,10 @@ class Keeper:
             record = await self._guard.call(lambda: self._index.get(stream_id))
         except IndexUnavailable as e:
             raise IndexAway("the index of streams can't be reached") from e
-        if record is None and time.monotonic() < self._recovered_s + RECOVERY_S:
-            raise IndexAway("the index of streams is being rebuilt")
+        if record is None:
+            await self._beat()  # does it know this replica? If not, it has forgotten more
+            if time.monotonic() < self._recovered_s + RECOVERY_S:
+                raise IndexAway("the index of streams is being rebuilt")
         return record
 
     async def claim(self, stream_id: str, epoch: int) -> StreamRecord:
@@ -196,5 +208,12 @@ class Keeper:
             return
         if self._returned is not None and (was_away or not known):
             self._recovered_s = time.monotonic()
-            logger.warning("the index is back: every stream is written anew")
-            await self._returned()
+            if self._rewriting is None or self._rewriting.done():
+                logger.warning("the index is back: every stream is written anew")
+                self._rewriting = asyncio.create_task(self._returned())
+                self._rewriting.add_done_callback(_log_failure)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (e := task.exception()) is not None:
+        logger.error("streams could not be written anew: %r", e)

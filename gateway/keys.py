@@ -23,5 +23,7 @@ EXECUTOR = web.AppKey("executor", Executor)
 BUILDERS = web.AppKey("builders", dict[str, asyncio.Future[PromptBuilder]])
 """Prompt builders by model name, made when a model is first asked for."""
 KEEPER = web.AppKey("keeper", Keeper)
+TELLING = web.AppKey("telling", set[asyncio.Task[None]])
+"""Holders that are being told of clients that hung up."""
 TAKING_OVER = web.AppKey("taking_over", dict[str, asyncio.Task[None]])
 """Streams that this replica is about to hold."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -41,6 +40,8 @@ from gateway.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 10.0
+"""Longest wait for an engine's word on where a prompt stands."""
 MAX_ATTEMPTS = 4
 """How often one thing is asked of engines that lost the prompt, are behind, or are gone."""
 
@@ -85,7 +86,6 @@ class Line:
         self.decision: Decision | None = None
         self.prompt_id = stream_id
         self.progress: Progress | None = None
-        self.touched_s = time.monotonic()
         self.confirmed = 0
         """Tokens at the front of the prompt that the engine has for certain, and keeps with every
         operation that is under way or still to be sent."""
@@ -115,6 +115,10 @@ class Line:
         if self.engine is not None:
             self.engine.streams -= 1
             self.engine = None
+        self._forget()
+
+    def begin_anew(self) -> None:
+        """Take an id that no engine has heard of, before the first operation."""
         self._forget()
 
     def resume(self, prompt_id: str, version: int, tokens: list[int], confirmed: int) -> None:
@@ -210,7 +214,7 @@ class Line:
 
     def _note(self, progress: Progress) -> None:
         """An operation was answered: what it carried is there."""
-        self.progress, self.touched_s = progress, time.monotonic()
+        self.progress = progress
         self.confirmed = self._common
 
     # When it is not as it should be.
@@ -251,19 +255,28 @@ class Line:
 
     # The engine's side of leases.
 
-    async def look(self) -> None:
-        """Ask the engine where the prompt stands, which renews its lease. An engine that has
-        lost it is found out.
+    async def look(self) -> bool:
+        """Ask the engine where the prompt stands, which renews its lease.
+
+        Returns:
+            Whether the engine still has the prompt; if not, it wants to be brought there again.
 
         Raises:
-            EngineError
+            EngineError: nobody knows.
         """
+        if self._sent is None or self._bringing.locked():
+            return True  # an operation under way says as much
+        prompt_id = self.prompt_id
         try:
-            progress = await self._client.status(self.prompt_id)
+            async with asyncio.timeout(LOOK_S):
+                self.progress = await self._client.status(prompt_id)
+        except TimeoutError as e:
+            raise EngineUnavailable("the engine does not say where the prompt stands") from e
         except UnknownPrompt:
-            self._forget()
-            raise
-        self.progress, self.touched_s = progress, time.monotonic()
+            if prompt_id == self.prompt_id and not self._bringing.locked():
+                self._forget()
+                return False
+        return True
 
     @property
     def _client(self) -> EngineClient:

@@ -224,7 +224,10 @@ class ModelPlacer:
     @property
     def wants_documents(self) -> bool:
         """Whether the choice depends on the documents, so that it should wait for them."""
-        return self.engines.policy == "prefix" and len(self.engines.ready) > 1
+        if self.engines.policy != "prefix":
+            return False
+        models = [e.info.model for e in self.engines.ready if e.info is not None]
+        return models.count(self.model) > 1
 
     async def place(self, tokens: Sequence[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
         """See `Engines.place`."""

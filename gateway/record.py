@@ -8,6 +8,7 @@ prompt with the answer, so then the tail is the whole prompt.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     question: bytes
     """Tokens behind the documents, packed."""
     options: Options
+    digest: bytes = b""
+    """Of the tokens that only the engine has."""
 
 
 class ChunksTaken(msgspec.Struct, frozen=True, tag="chunks", array_like=True):
@@ -169,6 +172,8 @@ class Found:
         if len(engine_has) < self.confirmed:
             raise EngineFailed("the engine no longer has the beginning of this stream's prompt")
         tokens = [*engine_has[: self.confirmed], *self.tail]
+        if self.about.digest != digest(tokens[: self.confirmed]):
+            raise EngineFailed("the engine has another prompt than this stream's")
         if self.names and hashing is not None and packed(hashing.chain(tokens)) != self.names:
             raise EngineFailed("the engine has another prompt than this stream's")
         place = self.about.head_tokens
@@ -189,6 +194,11 @@ def read(record: StreamRecord) -> Found:
         tail=list(unpack(record.tail)),
         names=record.names,
     )
+
+
+def digest(tokens: Sequence[int]) -> bytes:
+    """Tells token sequences apart."""
+    return hashlib.blake2b(pack(tokens), digest_size=8).digest()
 
 
 def pack(tokens: Iterable[int]) -> bytes:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from gateway.answers import sse
 from gateway.errors import EngineFailed
 
 HOP_BY_HOP = frozenset(
@@ -16,22 +19,33 @@ HOP_BY_HOP = frozenset(
 )  # fmt: skip
 
 
-async def relay(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
-    """Send an answer on. One that breaks off does not look complete to the client."""
+async def relay(
+    request: web.Request, answer: aiohttp.ClientResponse, silence_s: float | None = None
+) -> web.StreamResponse:
+    """Send an answer on. One that breaks off does not look complete to the client.
+
+    Args:
+        silence_s: an answer that is silent so long has broken off; None: never.
+    """
     response = web.StreamResponse(status=answer.status, headers=end_to_end(answer.headers))
     await response.prepare(request)
     try:
-        async for part in answer.content.iter_any():
+        while part := await _next(answer, silence_s):
             await response.write(part)
         await response.write_eof()
-    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError):
-        if "text/event-stream" in answer.headers.get("Content-Type", ""):
-            broken = EngineFailed("the answer broke off").to_json()
-            await response.write(b"data: " + web.json_response(broken).body + b"\n\n")  # type: ignore[operator]
+    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, TimeoutError):
+        if answer.content_type == "text/event-stream":
+            broken = sse(EngineFailed("the answer broke off").to_json())
+            await response.write(b"\n\n" + broken)  # it may have broken in the middle of an event
             await response.write_eof()
         elif request.transport is not None:
             request.transport.close()
     return response
+
+
+async def _next(answer: aiohttp.ClientResponse, silence_s: float | None) -> bytes:
+    async with asyncio.timeout(silence_s):
+        return await answer.content.readany()
 
 
 def end_to_end(headers: CIMultiDict[str] | CIMultiDictProxy[str]) -> CIMultiDict[str]:

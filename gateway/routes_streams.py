@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +17,9 @@ from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
 from gateway.answers import HEARTBEAT, Chunks, Whole, why_broken
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
-from gateway.errors import BadRequest
-from gateway.holding import on_stream
+from gateway.errors import BadRequest, UnknownDocument
+from gateway.holding import FORWARDED, on_stream
+from gateway.keeper import Moved
 from gateway.keys import ENGINES, METRICS, SETTINGS, STREAMS
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
@@ -166,7 +168,9 @@ def _known_or_tokenized(
 def _known(stream: Stream, name: str) -> Document:
     document = stream.known.get(name)
     if document is None:
-        raise BadRequest(f"document {name!r} has no text and is not known here", param="documents")
+        raise UnknownDocument(
+            f"document {name!r} has no text and is not known here", param="documents"
+        )
     return document
 
 
@@ -187,7 +191,8 @@ async def _one_request(request: web.Request) -> web.StreamResponse:
         raise BadRequest('the body ended without {"finish": true}')
     finally:
         if stream is not None:
-            await stream.cancel()
+            with suppress(Moved):
+                await stream.cancel()
 
 
 def _finish_line(line: bytes) -> FinishLine | None:
@@ -202,13 +207,20 @@ def _finish_line(line: bytes) -> FinishLine | None:
 
 
 async def _answer(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
-    """Send the answer. A client that goes away cancels the stream."""
+    """Send the answer. A client that goes away cancels the stream; a replica that passes the answer
+    on and goes away gives the client the chance to ask another."""
     try:
         if options.stream is False:
             return await _whole(request, stream)
         return await _sse(request, stream, options)
+    except (asyncio.CancelledError, ConnectionError):
+        if FORWARDED in request.headers:
+            await stream.take_back_finish()
+        raise
     finally:
-        await stream.cancel()
+        if stream.state != "open":
+            with suppress(Moved):
+                await stream.cancel()
 
 
 async def _whole(request: web.Request, stream: Stream) -> web.Response:

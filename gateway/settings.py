@@ -72,6 +72,8 @@ class Settings:
                 raise SettingsError(
                     "engine" if url in self.engine else "advertise", f"{url!r} is no http(s) URL"
                 )
+        if self.index and not self.advertise and self.host in ("0.0.0.0", "::", ""):
+            raise SettingsError("advertise", "other gateways need a URL to reach this one by")
 
     @property
     def replica(self) -> str:

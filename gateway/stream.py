@@ -7,8 +7,8 @@
 
 Chunks and ranked lists change the prompt at once; a task of the stream's own (the pump)
 brings the engine to it over the stream's `Line`: at most one operation is under way, and what
-arrives meanwhile goes into the next one. Before a post is acknowledged the index has it, so that
-another replica can go on with the stream.
+arrives meanwhile goes into the next one. Before a post is acknowledged the index has it, unless the
+index is away, so that another replica can go on with the stream.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from typing import Literal
 
-from engine_adapter.errors import EngineError, UnknownPrompt
+from engine_adapter.errors import EngineError
 from engine_adapter.messages import (
     DoneEvent,
     ErrorEvent,
@@ -29,7 +30,7 @@ from engine_adapter.messages import (
     Sampling,
     TokenEvent,
 )
-from gateway.chain import BlockChain
+from gateway.books import Books
 from gateway.errors import (
     ContextTooLong,
     EngineFailed,
@@ -43,7 +44,7 @@ from gateway.known import KnownDocuments
 from gateway.line import Line, Placer, abort
 from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
-from gateway.record import About, ChunksTaken, Kept, Ledger, ListTaken, Taken, pack
+from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
 from gateway.telemetry import Metrics
 
@@ -72,10 +73,12 @@ class Stream:
         keeper: Keeper | None,
         metrics: Metrics,
         ended: Callable[[Stream], None],
+        moved: Callable[[Stream], None],
     ) -> None:
         """
         Args:
             keeper: None for a stream that nobody can go on with elsewhere.
+            ended, moved: called once each, when it has ended and when it is held elsewhere.
         """
         self.id = stream_id
         self.model = model
@@ -86,18 +89,22 @@ class Stream:
         self.touched_s = self.renewed_s = time.monotonic()
         self.known = KnownDocuments()
         self.options = options
-        self.line = Line(stream_id, placer, lease_s=lease_s, contested=self.keep, metrics=metrics)
-        self.ledger = Ledger()
+        self.line = Line(
+            stream_id,
+            placer,
+            lease_s=lease_s,
+            contested=partial(self.keep, renew=True),
+            metrics=metrics,
+        )
+        self.books = Books(self, keeper)
+        self.taken: list[Taken] = []
+        """The answer to each post, by its seq."""
         self.served_by: Engine | None = None
         """The last engine it had, once it has ended."""
         self._answer_tokens = options.answer_tokens or 1
         self._placer = placer
-        self._keeper = keeper
         self._metrics = metrics
-        self._ended = ended
-        self._taken: list[Taken] = []  # the answer to each post, by its seq
-        self._rewrites = 0
-        self._chain: BlockChain | None = None
+        self._ended, self._moved = ended, moved
         self._taking = asyncio.Lock()
         self._changed = asyncio.Event()
         self._changed.set()  # the head is there to be read
@@ -107,6 +114,11 @@ class Stream:
         self._finishing: tuple[Sampling, float] | None = None  # and when, monotonic
         self._begun = False  # the answer has an event
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing follows, at this replica at least."""
+        return self.state not in ALIVE
 
     @property
     def engine(self) -> Engine | None:
@@ -162,10 +174,10 @@ class Stream:
     ) -> tuple[int, Taken]:
         """One post after the other: check its number, tokenize, change the prompt, write down."""
         async with self._taking:
-            expected = len(self._taken)
+            expected = len(self.taken)
             if seq is not None and 0 <= seq < expected:
                 await self.keep()  # its first try may have been cut off while it was written
-                return seq, self._taken[seq]
+                return seq, self.taken[seq]
             await self._must_be_open()
             if seq is not None and seq != expected:
                 await self.keep(renew=True)
@@ -176,8 +188,11 @@ class Stream:
             new = await documents()
             await self._must_be_open()
             taken = take(new)
-            self._taken.append(taken)
+            self.taken.append(taken)
+            # Not before the index has it: an engine that had a rewritten prompt would not have
+            # the beginning of the one in the record any more.
             await self.keep()
+            self._changed.set()
             return expected, taken
 
     def take(self, new: Sequence[Document]) -> None:
@@ -189,8 +204,7 @@ class Stream:
         prompt = self.prompt.with_documents(new)
         self.check_length(prompt)
         self.prompt = prompt
-        if self._chain is not None:
-            self._chain.append([token for document in new for token in document.tokens])
+        self.books.appended(new)
         self.known.add(new)
         self._metrics.chunks.inc(len(new))
         self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
@@ -204,14 +218,11 @@ class Stream:
         invalidated = len(before) - kept
         self.prompt = prompt
         self.line.rewritten(kept)
-        if self._chain is not None:
-            self._chain.rewrite(after, kept)
-        self._rewrites += 1
+        self.books.rewritten(after, kept)
         self.known.replace(documents)
         self._metrics.lists.inc()
         self._metrics.context_tokens.inc(len(added))
         self._metrics.invalidated_tokens.inc(invalidated)
-        self._changed.set()
         return ListTaken(prompt.context_tokens, kept, invalidated, len(added))
 
     def check_length(
@@ -257,9 +268,7 @@ class Stream:
 
     async def status(self) -> Progress | None:
         """What the engine says of the prompt now, or said last."""
-        if self.state == "open" and self.line.is_open:
-            with suppress(EngineError):
-                await self.line.look()
+        await self.look()
         return self.line.progress
 
     @property
@@ -291,26 +300,23 @@ class Stream:
         Raises:
             Moved: it has been taken over; this replica forgets it.
         """
-        if self._keeper is None:
-            return
         try:
-            await self._keeper.keep(self.id, self.ledger, self._kept, renew=renew)
+            await self.books.write(renew=renew)
         except Moved:
             self.let_go()
             raise
 
     async def keep_alive(self) -> None:
-        """Renew its lease at the engine and in the index."""
-        self.renewed_s = time.monotonic()
+        """Renew its lease in the index."""
         with suppress(Moved):
             await self.keep(renew=True)
-        if self.state == "open" and self.line.is_open:
-            try:
-                await self.line.look()
-            except UnknownPrompt:
-                self._changed.set()
-            except EngineError as e:
-                logger.debug("stream %s: no lease renewal: %s", self.id, e)
+
+    async def look(self) -> None:
+        """Ask the engine where the prompt stands, which renews its lease there."""
+        if self.state == "open":
+            with suppress(EngineError):
+                if not await self.line.look():
+                    self._changed.set()
 
     async def _keep_ended(self) -> None:
         with suppress(Moved):
@@ -318,45 +324,13 @@ class Stream:
 
     async def keep_again(self) -> None:
         """Write the whole record: the index may have lost it."""
-        self.ledger.written = None
+        self.books.lost()
         with suppress(Moved):
             await self.keep()
 
-    def _kept(self) -> Kept:
-        ended = self.state not in ALIVE
-        about = About(
-            model=self.model,
-            prompt_id=self.line.prompt_id,
-            created_s=self.created_s,
-            head_tokens=len(self.prompt.head),
-            question=pack(self.prompt.tail),
-            options=self.options,
-        )
-        engine = self.engine
-        return Kept(
-            engine="" if engine is None else engine.url,
-            state=self.state,
-            about=about,
-            prompt=Prompt((), ()) if ended else self.prompt,
-            taken=tuple(self._taken),
-            # An engine may drop a closed prompt with its answer: then the record needs it all.
-            confirmed=self.line.confirmed if self.state == "open" else 0,
-            rewrites=self._rewrites + ended,
-            names=b"" if ended else self._block_names(),
-        )
-
-    def _block_names(self) -> bytes:
-        """Of its prompt's whole blocks, as its engine names them; none before it has one."""
-        hashing = None if self.line.engine is None else self.line.engine.hashing
-        if hashing is None:
-            return b""
-        if self._chain is None or self._chain.hashing != hashing:
-            self._chain = BlockChain(hashing, self.prompt.open_tokens)
-        return self._chain.names
-
     def resume(self, taken: Sequence[Taken], created_s: float, ledger: Ledger) -> None:
         """Be the stream that another replica held."""
-        self._taken, self.created_s, self.ledger = list(taken), created_s, ledger
+        self.taken, self.created_s, self.books.ledger = list(taken), created_s, ledger
         self.known.add(self.prompt.documents)
 
     # How it ends.
@@ -375,11 +349,50 @@ class Stream:
         if self.state in ALIVE:
             logger.warning("stream %s is held by another replica now", self.id)
             self._end("moved")
+            self._moved(self)
             self.error = EngineFailed("another replica holds the stream")
             self._events.put_nowait(ErrorEvent(error={"message": self.error.message}))
+        elif self.state != "moved":  # it has ended here, but not there
+            self.state = "moved"
+            self._moved(self)
+
+    async def leave(self) -> None:
+        """This replica ends: what another one needs to go on is in the index and at the engine."""
+        if not self.books.kept:
+            await self.close()
+            return
+        with suppress(Moved):
+            await self.keep()
+        await self._ended_tasks()
+        await asyncio.gather(*self._last_words, return_exceptions=True)
+
+    async def take_back_finish(self) -> None:
+        """Whoever passed the answer on is gone, and the client with it or about to ask again at
+        another replica: be open again, so that it can."""
+        if self.state != "finishing":
+            return
+        engine, prompt_id = self.line.engine, self.line.prompt_id
+        await self._ended_tasks()
+        if self.state != "finishing":
+            return
+        self.state, self._finishing, self._begun = "open", None, False
+        self._events = asyncio.Queue()
+        self.touched_s = time.monotonic()
+        self.line.begin_anew()
+        self._start()
+        self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
+        with suppress(Moved):
+            await self.keep()
 
     async def cancel(self, state: State = "cancelled") -> None:
-        """Stop everything and free the engine's memory. No error if it has ended."""
+        """Stop everything and free the engine's memory. No error if it has ended.
+
+        Raises:
+            Moved: another replica holds the stream, and goes on with it.
+        """
+        if self.state not in ALIVE:
+            return
+        await self.keep(renew=True)
         if self.state not in ALIVE:
             return
         engine, prompt_id = self.line.engine, self.line.prompt_id
@@ -389,7 +402,8 @@ class Stream:
 
     async def close(self) -> None:
         """Cancel, and wait for the tasks, however it ended."""
-        await self.cancel()
+        with suppress(Moved):
+            await self.cancel()
         await self._ended_tasks()
         await asyncio.gather(*self._last_words, return_exceptions=True)
 
@@ -410,7 +424,7 @@ class Stream:
         for task in (self._pump_task, self._answer_task):
             if task is not None and task is not current:
                 task.cancel()
-        if self._keeper is not None and state != "moved":
+        if self.books.kept and state != "moved":
             self._last_words.append(asyncio.create_task(self._keep_ended()))
         self._ended(self)
 
@@ -444,6 +458,8 @@ class Stream:
                 continue
             with self._failing():
                 await self.line.bring(self.prompt.open_tokens)
+                if self.books.behind:
+                    await self.keep()
 
     def _too_early(self) -> bool:
         """Whether the choice of an engine has to wait for what comes in."""

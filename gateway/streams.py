@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
 
 from gateway.errors import Overloaded
-from gateway.keeper import Keeper
+from gateway.keeper import Keeper, Moved
 from gateway.line import Placer
 from gateway.placement import Engine
 from gateway.prompt import Prompt
 from gateway.record import Found, Ledger
 from gateway.requests import Options
 from gateway.settings import Settings
-from gateway.stream import ALIVE, Stream
+from gateway.stream import Stream
 from gateway.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
 
 SWEEP_S = 0.5
 AT_ONCE = 64
@@ -32,17 +38,24 @@ class Streams:
         self._streams: dict[str, Stream] = {}
         self._alive = 0
         self._sweeper: asyncio.Task[None] | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._renewing = asyncio.Semaphore(AT_ONCE)
 
     async def start(self) -> None:
         """Begin to look after the streams."""
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
-        """Cancel every stream and end all tasks."""
+        """End all tasks. Streams that no other replica can go on with are cancelled."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
-        await asyncio.gather(*(stream.close() for stream in self._streams.values()))
+        streams = list(self._streams.values())
+        if self._settings.index is None:
+            await asyncio.gather(*(stream.close() for stream in streams))
+        else:
+            await asyncio.gather(*(stream.leave() for stream in streams))
+        await asyncio.gather(*self._work, return_exceptions=True)
 
     def create(
         self, model: str, prompt: Prompt, placer: Placer, options: Options, *, kept: bool
@@ -89,6 +102,7 @@ class Streams:
             keeper=self._keeper if kept else None,
             metrics=self._metrics,
             ended=self._ended,
+            moved=self._moved,
         )
         self._streams[stream_id] = stream
         self._alive += 1
@@ -114,24 +128,43 @@ class Streams:
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
         self._metrics.open_streams.set(self._alive)
-        if stream.state == "moved":
+
+    def _moved(self, stream: Stream) -> None:
+        if self._streams.get(stream.id) is stream:
             del self._streams[stream.id]
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            await asyncio.gather(*self._due(time.monotonic()))
+            for work in self._due(time.monotonic()):  # nobody waits: one may take long
+                task = asyncio.create_task(work)
+                self._work.add(task)
+                task.add_done_callback(self._done)
 
-    def _due(self, now_s: float) -> list[asyncio.Future[None] | asyncio.Task[None]]:
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (e := task.exception()) is not None:
+            logger.error("looking after a stream failed: %r", e)
+
+    def _due(self, now_s: float) -> list[Coroutine[Any, Any, None]]:
         """What has to be done for silent streams now; forgets the long ended ones."""
-        work: list[asyncio.Future[None] | asyncio.Task[None]] = []
+        work: list[Coroutine[Any, Any, None]] = []
         for stream in list(self._streams.values()):
             silent_s = now_s - stream.touched_s
-            if stream.state not in ALIVE:
+            if stream.ended:
                 if silent_s > self._settings.keep_finished_s:
                     del self._streams[stream.id]
             elif stream.state == "open" and silent_s > self._settings.idle_timeout_s:
-                work.append(asyncio.create_task(stream.cancel("expired")))
+                work.append(self._expire(stream))
             elif now_s - stream.renewed_s > self._settings.lease_s / 3:
-                work.append(asyncio.create_task(stream.keep_alive()))
+                stream.renewed_s = now_s
+                work += [self._renew(stream), stream.look()]
         return work
+
+    async def _expire(self, stream: Stream) -> None:
+        with suppress(Moved):
+            await stream.cancel("expired")
+
+    async def _renew(self, stream: Stream) -> None:
+        async with self._renewing:
+            await stream.keep_alive()

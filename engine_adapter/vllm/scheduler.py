@@ -536,6 +536,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             computed -= computed % self._tables.block_size
             self._tables.cut(old.request_id, computed, self._free_blocks_of_tail)
         self._tables.hand_over(old.request_id, new.request_id)
+        # What a step in flight still writes to is fenced by the number of that step.
+        new.last_sched_seq = max(new.last_sched_seq, old.last_sched_seq)
         new.num_computed_tokens = computed
 
     def _release(self, request: Request) -> None:

@@ -104,7 +104,8 @@ async def test_another_client_is_told_the_tokens_of_a_prompt(
     told = await sessions.tokens("p")
     assert (told.version, told.finished, told.tokens) == (2, True, [1, 3, 9])
     sessions.answered(session, answer)
-    assert (await sessions.tokens("p")).tokens == []
+    told = await sessions.tokens("p")  # its reader may have died, and another may begin again
+    assert (told.version, told.finished, told.tokens) == (2, True, [1, 3, 9])
 
 
 async def test_asking_for_its_tokens_renews_the_lease_of_a_prompt(sessions: Sessions) -> None:

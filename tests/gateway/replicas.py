@@ -104,6 +104,11 @@ class Caller:
         path = f"/v1/streams/{stream_id}/chunks"
         return await self.call("POST", path, first, {"text": text, "seq": seq})
 
+    async def replace(self, stream_id: str, first: int, seq: int, texts: Sequence[str]) -> Any:
+        path = f"/v1/streams/{stream_id}/documents"
+        documents = [{"text": text} for text in texts]
+        return await self.call("PUT", path, first, {"documents": documents, "seq": seq})
+
     async def finish(self, stream_id: str, first: int) -> str:
         path = f"/v1/streams/{stream_id}/finish"
         answer = await self.call("POST", path, first, {"stream": False})

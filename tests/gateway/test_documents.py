@@ -128,7 +128,9 @@ async def test_a_bad_list_is_refused_and_changes_nothing(stack: Stack, documents
         await stream.replace([B])
         status, answer = await put(stack, stream, {"documents": documents, "seq": 1})
         error: dict[str, object] = answer["error"]  # type: ignore[assignment]
-        assert (status, error["code"]) == (400, "invalid_request")
+        unknown = documents == [A, {"id": "never sent"}]
+        code = "unknown_document" if unknown else "invalid_request"
+        assert (status, error["code"]) == (400, code)
         assert str(error["param"]).startswith("documents")
         with pytest.raises(StreamError):  # a text in a refused list is not known
             await stream.replace([{"id": "a"}])

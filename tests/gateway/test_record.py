@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +12,9 @@ from cache_index.index import StreamRecord
 from cache_index.memory import MemoryIndex
 from cache_index.names import Hashing, packed
 from gateway.chain import BlockChain
+from gateway.errors import EngineFailed
 from gateway.prompt import Document, Prompt, difference
-from gateway.record import About, ChunksTaken, Kept, Ledger, ListTaken, Taken, pack, read
+from gateway.record import About, ChunksTaken, Kept, Ledger, ListTaken, Taken, digest, pack, read
 from gateway.requests import Options
 
 HASHING = Hashing.of("sha256", 4)
@@ -52,7 +54,15 @@ class History:
         self.chain.rewrite(prompt.open_tokens, kept)
 
     def kept(self) -> Kept:
-        about = About("m", "p", 1.0, len(self.prompt.head), pack(self.prompt.tail), Options(seed=1))
+        about = About(
+            model="m",
+            prompt_id="p",
+            created_s=1.0,
+            head_tokens=len(self.prompt.head),
+            question=pack(self.prompt.tail),
+            options=Options(seed=1),
+            digest=digest(self.prompt.open_tokens[: self.confirmed]),
+        )
         return Kept(
             engine="e",
             state="open",
@@ -87,6 +97,9 @@ async def test_a_record_that_is_changed_step_by_step_gives_the_stream_back(
             await write(index, ledger, history.kept())
             found = read(await the_record(index))
             assert found.prompt(engine_has, HASHING) == history.prompt
+            if engine_has and found.confirmed:  # another prompt of that length is found out
+                with pytest.raises(EngineFailed):
+                    found.prompt([engine_has[0] ^ 1, *engine_has[1:]], None)
             assert found.taken == list(history.taken)
             assert found.about.options == Options(seed=1)
     # The whole record says what all its changes have made of it.

@@ -1,0 +1,111 @@
+"""What one stream's record in the index has to say, from write to write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gateway.chain import BlockChain
+from gateway.keeper import Keeper
+from gateway.prompt import Document, Prompt
+from gateway.record import About, Kept, Ledger, digest, pack
+
+if TYPE_CHECKING:
+    from gateway.stream import Stream
+
+
+class Books:
+    """Follows a stream's prompt, so that a write costs what has changed."""
+
+    def __init__(self, stream: Stream, keeper: Keeper | None) -> None:
+        """
+        Args:
+            keeper: None for a stream of which nobody else is to know.
+        """
+        self.ledger = Ledger()
+        self._stream = stream
+        self._keeper = keeper
+        self._rewrites = 0
+        self._chain: BlockChain | None = None
+        self._digested = (0, 0, digest([]))  # of so many tokens, after so many rewrites
+
+    @property
+    def kept(self) -> bool:
+        """Whether other replicas can go on with the stream."""
+        return self._keeper is not None
+
+    async def write(self, *, renew: bool) -> None:
+        """Bring the record to what the stream is now.
+
+        Args:
+            renew: its lease too, when there is nothing new.
+
+        Raises:
+            Moved: another replica has taken the stream over.
+        """
+        if self._keeper is not None:
+            await self._keeper.keep(self._stream.id, self.ledger, self.now, renew=renew)
+
+    def lost(self) -> None:
+        """Nobody knows what the index has of it."""
+        self.ledger.written = None
+
+    def appended(self, new: Sequence[Document]) -> None:
+        """Documents were put behind those in the prompt."""
+        if self._chain is not None:
+            self._chain.append([token for document in new for token in document.tokens])
+
+    def rewritten(self, tokens: list[int], kept: int) -> None:
+        """The prompt is these tokens now, of which the first `kept` are as before."""
+        self._rewrites += 1
+        if self._chain is not None:
+            self._chain.rewrite(tokens, kept)
+
+    @property
+    def behind(self) -> bool:
+        """Whether the record does not say yet which engine has the prompt, and under which id."""
+        written, line = self.ledger.written, self._stream.line
+        if written is None or line.engine is None:
+            return False
+        return (written.engine, written.about.prompt_id) != (line.engine.url, line.prompt_id)
+
+    def now(self) -> Kept:
+        """The stream at this moment."""
+        stream, line = self._stream, self._stream.line
+        # An engine may drop a closed prompt with its answer: then the record needs it all.
+        confirmed = line.confirmed if stream.state == "open" else 0
+        about = About(
+            model=stream.model,
+            prompt_id=line.prompt_id,
+            created_s=stream.created_s,
+            head_tokens=len(stream.prompt.head),
+            question=pack(stream.prompt.tail),
+            options=stream.options,
+            digest=self._digest(confirmed),
+        )
+        return Kept(
+            engine="" if stream.engine is None else stream.engine.url,
+            state=stream.state,
+            about=about,
+            prompt=Prompt((), ()) if stream.ended else stream.prompt,
+            taken=tuple(stream.taken),
+            confirmed=confirmed,
+            rewrites=self._rewrites + stream.ended,
+            names=b"" if stream.ended else self._block_names(),
+        )
+
+    def _digest(self, confirmed: int) -> bytes:
+        if self._digested[:2] != (confirmed, self._rewrites):
+            tokens = self._stream.prompt.open_tokens[:confirmed]
+            self._digested = (confirmed, self._rewrites, digest(tokens))
+        return self._digested[2]
+
+    def _block_names(self) -> bytes:
+        """Of the prompt's whole blocks, as its engine names them; none before it has one."""
+        engine = self._stream.line.engine
+        hashing = None if engine is None else engine.hashing
+        if hashing is None:
+            return b""
+        if self._chain is None or self._chain.hashing != hashing:
+            self._chain = BlockChain(hashing, self._stream.prompt.open_tokens)
+        return self._chain.names
