@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cache_index.index import NAME_BYTES
 from cache_index.names import Hashing, name
+from gateway.prompt import Prompt
 
 
 class BlockChain:
@@ -37,3 +38,28 @@ class BlockChain:
         del self._hashes[blocks:], self._names[blocks * NAME_BYTES :]
         self._rest = []
         self.append(tokens[blocks * self.hashing.block_size :])
+
+
+class PromptNames:
+    """The chain of a stream's prompt, which there is once its engine's way of hashing is known."""
+
+    def __init__(self) -> None:
+        self._chain: BlockChain | None = None
+
+    def append(self, tokens: Iterable[int]) -> None:
+        """As of `BlockChain`, if there is one."""
+        if self._chain is not None:
+            self._chain.append(list(tokens))
+
+    def rewrite(self, tokens: Sequence[int], kept: int) -> None:
+        """As of `BlockChain`, if there is one."""
+        if self._chain is not None:
+            self._chain.rewrite(tokens, kept)
+
+    def of(self, prompt: Prompt, hashing: Hashing | None) -> bytes:
+        """Packed; none where it is not known how to hash."""
+        if hashing is None:
+            return b""
+        if self._chain is None or self._chain.hashing != hashing:
+            self._chain = BlockChain(hashing, prompt.open_tokens)
+        return self._chain.names

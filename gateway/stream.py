@@ -29,7 +29,7 @@ from engine_adapter.messages import (
     Sampling,
     TokenEvent,
 )
-from gateway.chain import BlockChain
+from gateway.chain import PromptNames
 from gateway.errors import (
     ContextTooLong,
     EngineFailed,
@@ -45,6 +45,7 @@ from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
 from gateway.record import About, ChunksTaken, Kept, Ledger, ListTaken, Taken, pack
 from gateway.requests import Options
+from gateway.retrieving import Retrieval
 from gateway.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Stream:
         self.ledger = Ledger()
         self.served_by: Engine | None = None
         """The last engine it had, once it has ended."""
+        self.retrieval: Retrieval | None = None
         self._answer_tokens = options.answer_tokens or 1
         self._placer = placer
         self._keeper = keeper
@@ -97,7 +99,7 @@ class Stream:
         self._ended = ended
         self._taken: list[Taken] = []  # the answer to each post, by its seq
         self._rewrites = 0
-        self._chain: BlockChain | None = None
+        self._names = PromptNames()
         self._taking = asyncio.Lock()
         self._changed = asyncio.Event()
         self._changed.set()  # the head is there to be read
@@ -180,6 +182,19 @@ class Stream:
             await self.keep()
             return expected, taken
 
+    async def rearrange(self, change: Callable[[tuple[Document, ...]], Sequence[Document]]) -> int:
+        """Change the documents, in turn with the posts but without a number; errors as of `add`.
+
+        Returns:
+            How many tokens of the prompt were invalidated.
+        """
+        async with self._taking:
+            await self._must_be_open()
+            self.touched_s = time.monotonic()
+            taken = self._replace(list(change(self.prompt.documents)))
+            await self.keep()
+            return taken.invalidated
+
     def take(self, new: Sequence[Document]) -> None:
         """Put documents behind those in the prompt, without a number.
 
@@ -189,24 +204,22 @@ class Stream:
         prompt = self.prompt.with_documents(new)
         self.check_length(prompt)
         self.prompt = prompt
-        if self._chain is not None:
-            self._chain.append([token for document in new for token in document.tokens])
+        self._names.append(token for document in new for token in document.tokens)
         self.known.add(new)
         self._metrics.chunks.inc(len(new))
         self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
         self._changed.set()
 
-    def _replace(self, documents: list[Document]) -> Taken:
+    def _replace(self, documents: list[Document]) -> ListTaken:
         prompt = self.prompt.with_only(documents)
         self.check_length(prompt, param="documents")
         before, after = self.prompt.open_tokens, prompt.open_tokens
         kept, added = difference(before, after)
         invalidated = len(before) - kept
+        self._rewrites += prompt.documents[: len(self.prompt.documents)] != self.prompt.documents
         self.prompt = prompt
         self.line.rewritten(kept)
-        if self._chain is not None:
-            self._chain.rewrite(after, kept)
-        self._rewrites += 1
+        self._names.rewrite(after, kept)
         self.known.replace(documents)
         self._metrics.lists.inc()
         self._metrics.context_tokens.inc(len(added))
@@ -342,17 +355,8 @@ class Stream:
             # An engine may drop a closed prompt with its answer: then the record needs it all.
             confirmed=self.line.confirmed if self.state == "open" else 0,
             rewrites=self._rewrites + ended,
-            names=b"" if ended else self._block_names(),
+            names=b"" if ended or engine is None else self._names.of(self.prompt, engine.hashing),
         )
-
-    def _block_names(self) -> bytes:
-        """Of its prompt's whole blocks, as its engine names them; none before it has one."""
-        hashing = None if self.line.engine is None else self.line.engine.hashing
-        if hashing is None:
-            return b""
-        if self._chain is None or self._chain.hashing != hashing:
-            self._chain = BlockChain(hashing, self.prompt.open_tokens)
-        return self._chain.names
 
     def resume(self, taken: Sequence[Taken], created_s: float, ledger: Ledger) -> None:
         """Be the stream that another replica held."""

@@ -114,6 +114,8 @@ class Streams:
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
         self._metrics.open_streams.set(self._alive)
+        if stream.retrieval is not None:
+            stream.retrieval.cancel()
         if stream.state == "moved":
             del self._streams[stream.id]
 

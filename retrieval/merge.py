@@ -54,10 +54,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class SourceReport:
-    """How one source ended."""
+    """How one source ended, or that it has not."""
 
     name: str
-    ended: Ended
+    ended: Ended | None
+    """None: it is still searched."""
     reason: str
     """Why it failed; else empty."""
     passages: int
@@ -66,7 +67,7 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a merged search ended."""
+    """How a merged search goes, or went."""
 
     sources: tuple[SourceReport, ...]
     duplicates: int
@@ -117,11 +118,10 @@ class MergedSearch:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def report(self) -> Report:
-        """How it went; of the sources that have ended."""
+        """How it goes or went, of each source in the order in which they were given."""
         sources = tuple(
             SourceReport(lane.part.source.name, lane.ended, lane.reason, lane.passages)
             for lane in self._lanes
-            if lane.ended is not None
         )
         return Report(
             sources,
