@@ -39,7 +39,7 @@ from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
 from retrieval.collections.store import Collections
-from retrieval.embedding import Embedder, MiniLm
+from retrieval.embedding import Embedder, EmbedderMissing, MiniLm
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +107,23 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             await engines.start()
             await keeper.start(streams.keep_again)
             await streams.start()
+            loading = asyncio.create_task(_load_embedder(app.get(COLLECTIONS)))
             yield
+            loading.cancel()
             await retrievals.stop()
             await streams.stop()
             await keeper.stop()
             await engines.stop()
             await prefixes.stop()
+
+
+async def _load_embedder(collections: Collections | None) -> None:
+    """Now rather than in the deadline of the first search."""
+    if collections is not None:
+        try:
+            await asyncio.to_thread(collections.embedder.embed, ["loads the model"])
+        except EmbedderMissing as e:
+            logger.error("collections can't be searched: %s", e)
 
 
 @web.middleware

@@ -127,13 +127,13 @@ class AnnSpec(
     deadline_s: Seconds | None = None
 
 
-SourceSpec = CrawlSpec | AnnSpec
+SourceSpecs = Annotated[list[CrawlSpec | AnnSpec], msgspec.Meta(min_length=1, max_length=16)]
 
 
 class RetrievalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the gateway is to retrieve for a stream. Seconds count from the stream's beginning."""
 
-    sources: Annotated[list[SourceSpec], msgspec.Meta(min_length=1, max_length=16)]
+    sources: SourceSpecs
     query: str | None = None
     """Of sources without one of their own; if there is none, the last user message."""
     deadline_s: Seconds | None = None
@@ -149,7 +149,7 @@ class Create(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str
     messages: list[dict[str, Any]]
     documents: list[Chunk] = []
-    retrieval: RetrievalSpec | list[SourceSpec] | None = None
+    retrieval: RetrievalSpec | SourceSpecs | None = None
 
     @property
     def wanted(self) -> RetrievalSpec | None:

@@ -106,8 +106,9 @@ async def search(request: web.Request) -> web.Response:
     collections, name = request.app[COLLECTIONS], request.match_info["name"]
 
     def nearest() -> tuple[Passage, ...]:
+        collection = collections.open(name)
         vectors = collections.embedder.embed([asked.query])
-        return collections.open(name).search(vectors[0], asked.k, DOUBLING.efforts[-1])
+        return collection.search(vectors[0], asked.k, DOUBLING.efforts[-1])
 
     data = [asdict(passage) for passage in await _in_thread(nearest)]
     return _json({"object": "list", "data": data})

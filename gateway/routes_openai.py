@@ -25,7 +25,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 def _has_retrieval(body: bytes) -> bool:
     try:
-        return bool(orjson.loads(body).get("retrieval"))
+        return orjson.loads(body).get("retrieval") is not None
     except (orjson.JSONDecodeError, AttributeError):
         return False  # the engine says what is wrong with it
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from gateway.errors import BadRequest, RetrievalRefused
-from gateway.requests import AnnSpec, CrawlSpec, SourceSpec
+from gateway.requests import AnnSpec, CrawlSpec
 from gateway.settings import Settings
 from retrieval.ann import AnnSearch
 from retrieval.collections.store import Collections
@@ -27,7 +27,7 @@ class Sources:
         self._policy = settings.fetch_policy
         self._collections = collections
 
-    def parts(self, specs: Sequence[SourceSpec]) -> list[Part]:
+    def parts(self, specs: Sequence[CrawlSpec | AnnSpec]) -> list[Part]:
         """The sources that a client asks for; their seconds begin now.
 
         Raises:
@@ -46,7 +46,7 @@ class Sources:
         _at_most(given_s or 0, longest_s, f"{place}.deadline_s")
         return time.monotonic() + (longest_s if given_s is None else given_s)
 
-    def _part(self, spec: SourceSpec, place: str) -> Part:
+    def _part(self, spec: CrawlSpec | AnnSpec, place: str) -> Part:
         deadline_s = self.deadline_s(spec.deadline_s, place)
         match spec:
             case CrawlSpec():
