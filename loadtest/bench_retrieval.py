@@ -65,6 +65,7 @@ COUNTERS = {
     "invalidated": "stream2llm_invalidated_tokens_total",
     "ttft_s": "stream2llm_time_to_first_token_seconds_sum",
 }
+WORKLOADS = ("ann", "ann, slow", "crawl", "crawl + ann")
 COLUMNS = ("invalidated", "of rank", "computed", "early", "TTFT P50/95/99, s", "all, s", "same set")
 WIDTHS = (">13", ">9", ">10", ">8", ">22", ">8", ">10")
 
@@ -325,7 +326,8 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
           f"{PAGES} pages, {DELAY_S:g} s apart; prompts of "
           f"{statistics.mean(run.prompt_tokens for run in runs):.0f} tokens")  # fmt: skip
     print("".join([f"{'workload, way':24}", *map(format, COLUMNS, WIDTHS)]))
-    for workload, way in dict.fromkeys((run.workload, run.way) for run in runs):
+    rows = dict.fromkeys((run.workload, run.way) for run in runs)
+    for workload, way in sorted(rows, key=lambda row: WORKLOADS.index(row[0])):
         mine = [run for run in runs if (run.workload, run.way) == (workload, way)]
         rank = sum(r.invalidated for r in runs if (r.workload, r.way) == (workload, "rank"))
         all_of_it = [run for run in runs if run.workload == workload]
@@ -342,7 +344,7 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
     figures = {
         "benchmark": "retrieval",
         "goal_stable_of_rank": 0.1,
-        "runs": [asdict(run) for run in runs],
+        "runs": [asdict(run) | {"documents": len(run.documents)} for run in runs],
     }
     print(json.dumps(figures))
 
