@@ -169,7 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     for setting in fields(Settings):
         default = setting.default if setting.default is not MISSING else None
-        shown = "" if default in (None, (), False) else f" (default: {default})"
+        if isinstance(default, tuple):
+            default = ",".join(default)
+        shown = "" if default in (None, "", False) else f" (default: {default})"
         flag, help = "--" + setting.name.replace("_", "-"), setting.metadata["help"] + shown
         if _TYPES[setting.name] is bool:
             parser.add_argument(flag, action="store_const", const=True, help=help)
