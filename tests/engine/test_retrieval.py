@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 import httpx
-import pytest
 from aiohttp import web
 
 from deploy.local import Server, gateway
@@ -14,7 +13,7 @@ from gateway.client import Client
 from retrieval.ordering import ORDERINGS
 from tests.engine.conftest import MODEL
 from tests.gateway.test_streams import ndjson
-from tests.retrieval.sites import html, serving
+from tests.retrieval.sites import Site, html, serving
 
 MESSAGES = [{"role": "user", "content": "{{documents}}\nWhat is the capital of France?"}]
 PASSAGES = {
@@ -31,34 +30,41 @@ async def page(request: web.Request) -> web.StreamResponse:
     return html(PAGES[request.path.strip("/")])
 
 
-@pytest.mark.parametrize("ordering", list(ORDERINGS))
 async def test_what_the_gateway_retrieves_is_answered_as_if_it_had_been_sent_whole(
-    engine_server: Server, tmp_path: Path, ordering: str
+    engine_server: Server, tmp_path: Path
 ) -> None:
     async with serving(page) as site:
         flags = ["--crawl", "--crawl-ports", str(site.port), "--crawl-networks", "127.0.0.1/32"]
         flags += ["--crawl-delay-s", "0.05", "--collections", str(tmp_path)]
         with gateway([engine_server.url], flags) as front:
             await asyncio.to_thread(front.start().wait_ready, 60)
-            async with httpx.AsyncClient(base_url=front.url, timeout=120, trust_env=False) as http:
-                await http.post("/v1/collections", json={"name": "docs"})
-                rows = [{"id": name, "text": text} for name, text in PASSAGES.items()]
-                path = "/v1/collections/docs/passages"
-                (await http.post(path, content=ndjson(*rows))).raise_for_status()
-            sources = [
-                {"type": "crawl", "seeds": [site.url("/one"), site.url("/two")], "depth": 0},
-                {"type": "ann", "collection": "docs", "k": 2, "ordering": ordering},
-            ]
+            await fill(front.url)
             async with Client(front.url, timeout_s=120) as client:
-                async with client.stream(MODEL, MESSAGES, retrieval=sources, **EXACT) as stream:
-                    retrieved = await stream.finish()
-                names = retrieved["retrieval"]["documents"]
-                texts = [PASSAGES.get(n.split("/")[-1]) or PAGES[n.split("/")[-1]] for n in names]
-                documents = [{"text": text} for text in texts]
-                async with client.stream(MODEL, MESSAGES, documents=documents, **EXACT) as stream:
-                    whole = await stream.finish()
+                for ordering in ORDERINGS:
+                    await retrieve_and_compare(client, site, ordering)
+
+
+async def fill(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
+        await http.post("/v1/collections", json={"name": "docs"})
+        rows = [{"id": name, "text": text} for name, text in PASSAGES.items()]
+        path = "/v1/collections/docs/passages"
+        (await http.post(path, content=ndjson(*rows))).raise_for_status()
+
+
+async def retrieve_and_compare(client: Client, site: Site, ordering: str) -> None:
+    sources = [
+        {"type": "crawl", "seeds": [site.url("/one"), site.url("/two")], "depth": 0},
+        {"type": "ann", "collection": "docs", "k": 2, "ordering": ordering},
+    ]
+    async with client.stream(MODEL, MESSAGES, retrieval=sources, **EXACT) as stream:
+        retrieved = await stream.finish()
+    names = [name.rpartition("/")[2] for name in retrieved["retrieval"]["documents"]]
     assert retrieved["retrieval"]["complete"]
-    assert "ann:docs/city" in names
+    assert "city" in names
     assert len(names) == 4
+    documents = [{"text": (PASSAGES | PAGES)[name]} for name in names]
+    async with client.stream(MODEL, MESSAGES, documents=documents, **EXACT) as stream:
+        whole = await stream.finish()
     assert retrieved["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
     assert retrieved["choices"] == whole["choices"]
