@@ -13,7 +13,7 @@ export VLLM_NO_USAGE_STATS := 1
 bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan \
-    bench-index bench-routing bench-crawl bench-ann clean
+    bench-index bench-routing bench-crawl bench-ann bench-retrieval clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,9 @@ bench-crawl: $(READY) ## the crawler on two sites, beside wget where there is on
 
 bench-ann: $(READY) ## progressive search of 100,000 passages, and what orderings waste
 	@$(BIN)/python -m loadtest.bench_ann
+
+bench-retrieval: model ## crawls and rankings by the gateway, through a real engine: tokens wasted, TTFT
+	@$(BIN)/python -m loadtest.bench_retrieval
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

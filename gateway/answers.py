@@ -38,6 +38,11 @@ def usage(event: DoneEvent) -> Json:
     }
 
 
+def retrieval(stream: Stream) -> Json:
+    """How its retrieval went, as a field beside those of the OpenAI API; none without any."""
+    return {} if stream.retrieval is None else {"retrieval": stream.retrieval.report()}
+
+
 def _logprobs(found: list[TokenLogprob] | None) -> Json | None:
     if found is None:
         return None
@@ -61,28 +66,22 @@ class Chunks:
 
     def first(self) -> bytes:
         """The event that names the role."""
-        return self._event({"role": "assistant", "content": ""})
+        return sse(self._frame([_choice({"role": "assistant", "content": ""})]))
 
     def of(self, event: Event) -> Iterator[bytes]:
         """What one engine event becomes."""
         match event:
             case TokenEvent():
-                yield self._event({"content": event.text}, logprobs=_logprobs(event.logprobs))
+                choice = _choice({"content": event.text}, logprobs=_logprobs(event.logprobs))
+                yield sse(self._frame([choice]))
             case DoneEvent():
-                yield self._event({}, finish_reason=event.finish_reason)
+                choice = _choice({}, finish_reason=event.finish_reason)
+                yield sse(self._frame([choice]) | retrieval(self.stream))
                 if self.include_usage:
                     yield sse(self._frame([]) | {"usage": usage(event)})
                 yield DONE
             case ErrorEvent():
                 yield sse(why_broken(self.stream).to_json())
-
-    def _event(
-        self, delta: Json, finish_reason: str | None = None, logprobs: Json | None = None
-    ) -> bytes:
-        choice = {
-            "index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason
-        }  # fmt: skip
-        return sse(self._frame([choice]))
 
     def _frame(self, choices: list[Json]) -> Json:
         frame: Json = {
@@ -95,6 +94,10 @@ class Chunks:
         if self.include_usage:
             frame["usage"] = None
         return frame
+
+
+def _choice(delta: Json, finish_reason: str | None = None, logprobs: Json | None = None) -> Json:
+    return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 @dataclass(slots=True)
@@ -126,4 +129,4 @@ class Whole:
                 }
             ],
             "usage": usage(done),
-        }
+        } | retrieval(self.stream)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import aiohttp
 import orjson
@@ -13,16 +15,18 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from cache_index.opening import open_index
-from gateway import routes_openai, routes_streams
+from gateway import routes_collections, routes_openai, routes_streams
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 from gateway.guard import Guard
 from gateway.keeper import Keeper
 from gateway.keys import (
     BUILDERS,
+    COLLECTIONS,
     ENGINES,
     EXECUTOR,
     KEEPER,
     METRICS,
+    RETRIEVALS,
     SESSION,
     SETTINGS,
     STREAMS,
@@ -31,17 +35,24 @@ from gateway.keys import (
 )
 from gateway.placement import Engines
 from gateway.prefixes import Prefixes
+from gateway.retrieving import Retrievals
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
+from retrieval.collections.store import Collections
+from retrieval.embedding import Embedder, EmbedderMissing, MiniLm
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_THREADS = 2
 
 
-def build(settings: Settings) -> web.Application:
-    """A gateway with these settings, not started yet."""
+def build(settings: Settings, embedder: Embedder | None = None) -> web.Application:
+    """A gateway with these settings, not started yet.
+
+    Args:
+        embedder: of its collections; None for the small model that comes as a package.
+    """
     app = web.Application(
         middlewares=[_errors], client_max_size=settings.max_body_bytes + 1, logger=logger
     )
@@ -52,6 +63,10 @@ def build(settings: Settings) -> web.Application:
     app.add_routes(
         [web.get("/health", _health), web.get("/ready", _ready), web.get("/metrics", _metrics)]
     )
+    if settings.collections is not None:
+        app[COLLECTIONS] = Collections(Path(settings.collections), embedder or MiniLm())
+        app[routes_collections.CHANGING] = asyncio.Lock()
+        app.add_routes(routes_collections.routes)
     app.cleanup_ctx.append(_running)
     return app
 
@@ -75,6 +90,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             metrics=metrics,
         )
         streams = Streams(settings, keeper, metrics)
+        retrievals = Retrievals(settings, app.get(COLLECTIONS), metrics)
         prefixes = Prefixes(index, guard)
         engines = Engines(
             session,
@@ -88,15 +104,27 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         )
         with ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer") as executor:
             app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
-            app[EXECUTOR], app[KEEPER] = executor, keeper
+            app[EXECUTOR], app[KEEPER], app[RETRIEVALS] = executor, keeper, retrievals
             await engines.start()
             await keeper.start(streams.keep_again)
             await streams.start()
+            loading = asyncio.create_task(_load_embedder(app.get(COLLECTIONS)))
             yield
+            loading.cancel()
+            await retrievals.stop()
             await streams.stop()
             await keeper.stop()
             await engines.stop()
             await prefixes.stop()
+
+
+async def _load_embedder(collections: Collections | None) -> None:
+    """Now rather than in the deadline of the first search."""
+    if collections is not None:
+        try:
+            await asyncio.to_thread(collections.embedder.embed, ["loads the model"])
+        except EmbedderMissing as e:
+            logger.error("collections can't be searched: %s", e)
 
 
 @web.middleware

@@ -60,7 +60,8 @@ class Client:
         """Open a stream.
 
         Args:
-            options: as of chat completions, e.g. `max_tokens`; `documents` to begin with some.
+            options: as of chat completions, e.g. `max_tokens`; `documents` to begin with some;
+                `retrieval` for what the gateway is to find itself.
 
         Raises:
             StreamError: the gateway refuses it.
@@ -85,6 +86,8 @@ class Stream:
         self.usage: Json | None = None
         """Token counts, once the answer is complete."""
         self.finish_reason: str | None = None
+        self.retrieval: Json | None = None
+        """How the gateway's own retrieval went, once the answer is complete; None without any."""
 
     async def send(self, text: str, *, id: str | None = None) -> int:
         """Add a piece of context; returns its tokens.
@@ -147,6 +150,7 @@ class Stream:
             self._complete = True
             raise StreamError(event["error"])
         self.usage = event.get("usage") or self.usage
+        self.retrieval = event.get("retrieval") or self.retrieval
         if not event["choices"]:
             return ""
         choice = event["choices"][0]
@@ -157,7 +161,7 @@ class Stream:
         """Close the input and give the whole answer, a `chat.completion` object."""
         body = await _post(self._http, self._path + "/finish", {"stream": False, **options})
         self._complete = True
-        self.usage = body["usage"]
+        self.usage, self.retrieval = body["usage"], body.get("retrieval")
         return body
 
     async def cancel(self) -> None:

@@ -5,12 +5,17 @@
      |   +- ContextTooLong       400  the chunk that crosses the model's length
      |   +- Unsupported          400  a parameter that can't be honoured
      |   +- UnknownDocument      400  an id alone, of which the stream has no text
+     +- RetrievalRefused         403  this gateway does not retrieve that
      +- StreamNotFound           404  unknown, forgotten or never opened
      +- ModelNotFound            404  no engine serves that model
+     +- CollectionNotFound       404
      +- Conflict                 409
      |   +- InputClosed          409  chunk or finish after finish
      |   +- SequenceGap          409  the `seq` of a post skips one
+     |   +- RetrievalUnderWay    409  a ranked list while the gateway itself ranks
+     |   +- CollectionThere      409  there is one of that name
      +- BodyTooLarge             413
+     +- RetrievalFailed          424  no source has found anything
      +- Overloaded               503  with Retry-After
      +- IndexAway                503  nobody can say for now which replica holds the stream
      +- NotHeld                  421  between replicas: the stream is held by another one
@@ -74,6 +79,18 @@ class Unsupported(BadRequest):
     code = "unsupported_parameter"
 
 
+class RetrievalRefused(GatewayError):
+    """This gateway is not set up to retrieve that."""
+
+    status, type, code = 403, "invalid_request_error", "retrieval_refused"
+
+
+class RetrievalFailed(GatewayError):
+    """Every source failed and there is no other context; `retrieval` says why each did."""
+
+    status, type, code = 424, "retrieval_error", "retrieval_failed"
+
+
 class StreamNotFound(GatewayError):
     """No such stream: never opened, cancelled long ago, or expired."""
 
@@ -84,6 +101,12 @@ class ModelNotFound(GatewayError):
     """No engine serves that model."""
 
     status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class CollectionNotFound(GatewayError):
+    """There is no collection of that name."""
+
+    status, type, code = 404, "invalid_request_error", "collection_not_found"
 
 
 class Conflict(GatewayError):
@@ -102,6 +125,18 @@ class SequenceGap(Conflict):
     """The `seq` of a post skips one; `expected_seq` is the next."""
 
     code = "sequence_gap"
+
+
+class RetrievalUnderWay(Conflict):
+    """The gateway ranks the documents of this stream itself until its retrieval has ended."""
+
+    code = "retrieval_under_way"
+
+
+class CollectionThere(Conflict):
+    """There is a collection of that name."""
+
+    code = "collection_exists"
 
 
 class BodyTooLarge(GatewayError):

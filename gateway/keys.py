@@ -9,9 +9,11 @@ from aiohttp import web
 from gateway.keeper import Keeper
 from gateway.placement import Engines
 from gateway.prompt import PromptBuilder
+from gateway.retrieving import Retrievals
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
+from retrieval.collections.store import Collections
 
 SETTINGS = web.AppKey("settings", Settings)
 METRICS = web.AppKey("metrics", Metrics)
@@ -22,6 +24,9 @@ EXECUTOR = web.AppKey("executor", Executor)
 """Where tokenizing runs."""
 BUILDERS = web.AppKey("builders", dict[str, asyncio.Future[PromptBuilder]])
 """Prompt builders by model name, made when a model is first asked for."""
+COLLECTIONS = web.AppKey("collections", Collections)
+"""Only where a folder of collections is set."""
+RETRIEVALS = web.AppKey("retrievals", Retrievals)
 KEEPER = web.AppKey("keeper", Keeper)
 TELLING = web.AppKey("telling", set[asyncio.Task[None]])
 """Holders that are being told of clients that hung up."""

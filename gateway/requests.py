@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from engine_adapter.messages import Sampling
 from gateway.errors import BadRequest, Unsupported
+from retrieval.merge import Drop
+from retrieval.ordering import OrderingName
 
 UNSUPPORTED = frozenset(
     {
@@ -89,12 +91,72 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise BadRequest("a chunk has text", param="text")
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class CrawlSpec(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type",
+    tag="crawl",
+):  # fmt: skip
+    """Pages of web sites, in the order in which they are read."""
+
+    seeds: Annotated[list[Text], msgspec.Meta(max_length=100)] = []
+    """Where to begin; if none, the addresses in the query."""
+    query: str | None = None
+    pages: Count = 20
+    depth: Annotated[int, msgspec.Meta(ge=0)] = 1
+    """Links from a seed."""
+    page_chars: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20_000
+    """Of a page's text, from its beginning."""
+    deadline_s: Seconds | None = None
+
+
+class AnnSpec(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type",
+    tag="ann",
+):  # fmt: skip
+    """The passages of a collection nearest to the query, in better and better rankings."""
+
+    collection: str
+    query: str | None = None
+    k: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 10
+    """Passages."""
+    ordering: OrderingName = "stable"
+    deadline_s: Seconds | None = None
+
+
+SourceSpecs = Annotated[list[CrawlSpec | AnnSpec], msgspec.Meta(min_length=1, max_length=16)]
+
+
+class RetrievalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the gateway is to retrieve for a stream. Seconds count from the stream's beginning."""
+
+    sources: SourceSpecs
+    query: str | None = None
+    """Of sources without one of their own; if there is none, the last user message."""
+    deadline_s: Seconds | None = None
+    budget_tokens: Count | None = None
+    """For what is retrieved; None: what the model has room for."""
+    drop: Drop = "ranked"
+    """What gives way when the budget is full: see `retrieval.merge.Budget`."""
+
+
 class Create(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/streams`."""
+    """Body of `POST /v1/streams`, and of a chat completion with retrieval."""
 
     model: str
     messages: list[dict[str, Any]]
     documents: list[Chunk] = []
+    retrieval: RetrievalSpec | SourceSpecs | None = None
+
+    @property
+    def wanted(self) -> RetrievalSpec | None:
+        """What is to be retrieved; a list is short for the sources alone."""
+        if isinstance(self.retrieval, list):
+            return RetrievalSpec(sources=self.retrieval)
+        return self.retrieval
 
 
 class ChunkPost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

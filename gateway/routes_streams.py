@@ -14,13 +14,13 @@ import orjson
 from aiohttp import web
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
-from gateway.answers import HEARTBEAT, Chunks, Whole, why_broken
+from gateway.answers import HEARTBEAT, Chunks, Whole, retrieval, why_broken
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
-from gateway.errors import BadRequest, UnknownDocument
+from gateway.errors import BadRequest, RetrievalUnderWay, UnknownDocument
 from gateway.holding import FORWARDED, on_stream
 from gateway.keeper import Moved
-from gateway.keys import ENGINES, METRICS, SETTINGS, STREAMS
+from gateway.keys import ENGINES, METRICS, RETRIEVALS, SETTINGS, STREAMS
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
 from gateway.record import Taken
@@ -35,6 +35,7 @@ from gateway.requests import (
     merged,
     read,
 )
+from gateway.retrieving import ANSWER_TOKENS
 from gateway.settings import Settings
 from gateway.stream import Stream, Tokenized
 
@@ -73,6 +74,8 @@ async def chunks(request: web.Request, stream: Stream, body: bytes) -> web.Respo
 @on_stream(body_limit)
 async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Put a ranked list in place of the stream's documents."""
+    if stream.retrieval is not None and stream.retrieval.state == "running":
+        raise RetrievalUnderWay("the gateway ranks this stream's documents: post chunks")
     ranked = read(RankedList, body)
     tokenized = _known_or_tokenized(request.app, stream, ranked.documents)
     seq, taken = await stream.replace(tokenized, ranked.seq)
@@ -83,8 +86,7 @@ async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Re
 async def finish(request: web.Request, stream: Stream, body: bytes) -> web.StreamResponse:
     """Close the input and answer."""
     options = merged(stream.options, read(Options, body))
-    await stream.finish(options)
-    return await _answer(request, stream, options)
+    return await _complete(request, stream, options)
 
 
 @on_stream(body_limit)
@@ -111,15 +113,17 @@ routes = [
 
 
 async def _open(app: web.Application, body: Create, *, kept: bool) -> Stream:
-    """A stream with the documents it begins with.
+    """A stream with the documents it begins with, and its retrieval.
 
     Args:
         kept: other replicas can go on with it.
 
     Raises:
-        BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded
+        BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
     """
     app[ENGINES].serving(body.model)
+    wanted = body.wanted
+    plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
     builder = await builder_for(app, body.model)
     prompt = await builder.frame(body.messages)
     placer = ModelPlacer(app[ENGINES], body.model)
@@ -130,10 +134,22 @@ async def _open(app: web.Application, body: Create, *, kept: bool) -> Stream:
         if body.documents:
             stream.take(await _tokenized(app, stream, body.documents)())
         await stream.begin()
+        if plan is not None:
+            stream.retrieval = app[RETRIEVALS].start(
+                stream, plan, builder.document, _room(stream, placer.max_model_len)
+            )
     except BaseException:
         await stream.cancel()
         raise
     return stream
+
+
+def _room(stream: Stream, max_model_len: int | None) -> int | None:
+    """Tokens that the documents of a stream may have together."""
+    if max_model_len is None:
+        return None
+    frame = stream.prompt.length - stream.prompt.context_tokens
+    return max_model_len - frame - (stream.options.answer_tokens or ANSWER_TOKENS)
 
 
 def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
@@ -185,8 +201,7 @@ async def _one_request(request: web.Request) -> web.StreamResponse:
             async for line in lines:
                 if b'"finish"' in line and (end := _finish_line(line)) is not None:
                     options = merged(stream.options, end)
-                    await stream.finish(options)
-                    return await _answer(request, stream, options)
+                    return await _complete(request, stream, options)
                 await stream.add(_tokenized(request.app, stream, [read(Chunk, line)]), None)
         raise BadRequest('the body ended without {"finish": true}')
     finally:
@@ -204,6 +219,29 @@ def _finish_line(line: bytes) -> FinishLine | None:
     if not (isinstance(raw, dict) and raw.get("finish") is True):
         return None
     return read(FinishLine, line)
+
+
+async def completion(request: web.Request, body: Create) -> web.StreamResponse:
+    """A chat completion whose context the gateway retrieves: open, retrieve, answer."""
+    stream = await _open(request.app, body, kept=False)
+    options = merged(stream.options, Options(stream=bool(body.stream)))
+    try:
+        return await _complete(request, stream, options)
+    finally:
+        await stream.cancel()
+
+
+async def _complete(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
+    """Close the input, once what the gateway retrieves itself is in it, and answer."""
+    if stream.retrieval is not None:
+        try:
+            await stream.retrieval.ended()
+        except asyncio.CancelledError:  # the client is gone
+            with suppress(Moved):
+                await stream.cancel()
+            raise
+    await stream.finish(options)
+    return await _answer(request, stream, options)
 
 
 async def _answer(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
@@ -277,7 +315,7 @@ async def _describe(stream: Stream) -> dict[str, Any]:
             "waiting": stream.waiting_tokens,
             "prefilled": 0 if progress is None else progress.computed,
         },
-    }
+    } | retrieval(stream)
 
 
 def _acknowledged(stream: Stream, seq: int, taken: Taken) -> dict[str, Any]:

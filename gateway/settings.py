@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gateway.routing import POLICIES
+from retrieval.addresses import FetchPolicy
 
 ENV_PREFIX = "STREAM2LLM_"
 
@@ -50,17 +51,41 @@ class Settings:
     poll_s: float = _setting(0.5, "how often engines are asked for their health and load")
     heartbeat_s: float = _setting(5.0, "comment lines on a waiting SSE answer come this often")
     token_cache: int = _setting(4096, "chunks whose tokens are remembered")
+    crawl: bool = _setting(False, "let streams have the gateway crawl web sites")
+    crawl_allow: tuple[str, ...] = _setting(
+        (), "hosts to be crawled, `.name` for all beneath a name too (default: any public one)"
+    )
+    crawl_deny: tuple[str, ...] = _setting((), "hosts never to be crawled, allowed or not")
+    crawl_ports: tuple[str, ...] = _setting(("80", "443"), "ports to be crawled")
+    crawl_networks: tuple[str, ...] = _setting(
+        (), "networks to be crawled although they are not public, e.g. 10.1.0.0/16"
+    )
+    crawl_max_pages: int = _setting(100, "pages that one crawl may ask for")
+    crawl_max_depth: int = _setting(3, "depth that one crawl may ask for")
+    crawl_delay_s: float = _setting(0.5, "between two requests of one crawl to one site")
+    collections: str | None = _setting(
+        None, "folder of the collections that streams may search (default: none)"
+    )
+    retrieval_max_s: float = _setting(30.0, "longest and default deadline of retrieval")
+    max_retrievals: int = _setting(100, "retrievals at once; more are answered 503")
     log_level: str = _setting("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
-        for name in ("max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache"):
+        for name in _FROM_ONE:
             if getattr(self, name) < 1:
                 raise SettingsError(name, "must be at least 1")
-        for name in ("idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s"):
+        for name in _ABOVE_ZERO:
             if getattr(self, name) <= 0:
                 raise SettingsError(name, "must be above 0")
-        if self.index_timeout_s <= 0:
-            raise SettingsError("index_timeout_s", "must be above 0")
+        for name in ("crawl_max_depth", "crawl_delay_s"):
+            if getattr(self, name) < 0:
+                raise SettingsError(name, "must not be below 0")
+        if not all(port.isdecimal() and 0 < int(port) < 65536 for port in self.crawl_ports):
+            raise SettingsError("crawl_ports", "must be between 1 and 65535")
+        try:
+            _ = self.fetch_policy
+        except ValueError as e:
+            raise SettingsError("crawl_networks", str(e)) from e
         if self.routing not in POLICIES:
             raise SettingsError("routing", f"must be one of {', '.join(POLICIES)}")
         if not 0 <= self.port < 65536:
@@ -80,6 +105,26 @@ class Settings:
         """URL under which other replicas reach this one."""
         return (self.advertise or f"http://{self.host}:{self.port}").rstrip("/")
 
+    @property
+    def fetch_policy(self) -> FetchPolicy:
+        """What crawls may fetch."""
+        return FetchPolicy(
+            ports=frozenset(map(int, self.crawl_ports)),
+            allowed_hosts=self.crawl_allow,
+            denied_hosts=self.crawl_deny,
+            allowed_networks=self.crawl_networks,
+        )
+
+
+_FROM_ONE = (
+    "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache", "crawl_max_pages",
+    "max_retrievals",
+)  # fmt: skip
+_ABOVE_ZERO = (
+    "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
+    "retrieval_max_s",
+)  # fmt: skip
+
 
 class SettingsError(Exception):
     """A key is unknown or its value can't be used. Says which."""
@@ -91,15 +136,22 @@ class SettingsError(Exception):
 _TYPES: Mapping[str, Any] = get_type_hints(Settings)
 
 
+_SAID: Mapping[Any, bool] = {True: True, False: False, "true": True, "false": False}
+
+
 def _convert(key: str, value: Any) -> Any:
     """A value from a file, the environment or a flag, in the type of its setting."""
     if key not in _TYPES:
         raise SettingsError(key, f"unknown; known are {', '.join(sorted(_TYPES))}")
     kind = _TYPES[key]
     if kind == tuple[str, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(part.strip() for part in parts if part.strip())
+        parts = [value] if isinstance(value, str) else value
+        return tuple(p.strip() for part in parts for p in str(part).split(",") if p.strip())
     target = str if kind == (str | None) else kind
+    if kind is bool:
+        if value not in _SAID:
+            raise SettingsError(key, f"{value!r} is neither true nor false")
+        return _SAID[value]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise SettingsError(key, f"{value!r} is no {target.__name__}")
     try:
@@ -119,12 +171,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     for setting in fields(Settings):
         default = setting.default if setting.default is not MISSING else None
-        shown = "" if default in (None, ()) else f" (default: {default})"
+        if isinstance(default, tuple):
+            default = ",".join(default)
+        shown = "" if default in (None, "", False) else f" (default: {default})"
+        flag, help = "--" + setting.name.replace("_", "-"), setting.metadata["help"] + shown
+        if _TYPES[setting.name] is bool:
+            parser.add_argument(flag, action="store_const", const=True, help=help)
+            continue
         parser.add_argument(
-            "--" + setting.name.replace("_", "-"),
-            action="append" if setting.name == "engine" else "store",
+            flag,
+            action="append" if _TYPES[setting.name] == tuple[str, ...] else "store",
             metavar=setting.name.rsplit("_", 1)[-1].upper(),
-            help=setting.metadata["help"] + shown,
+            help=help,
         )
     return parser
 

@@ -46,6 +46,7 @@ from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
 from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
+from gateway.retrieving import Retrieval
 from gateway.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Stream:
         """The answer to each post, by its seq."""
         self.served_by: Engine | None = None
         """The last engine it had, once it has ended."""
+        self.retrieval: Retrieval | None = None
         self._answer_tokens = options.answer_tokens or 1
         self._placer = placer
         self._metrics = metrics
@@ -195,6 +197,20 @@ class Stream:
             self._changed.set()
             return expected, taken
 
+    async def rearrange(self, change: Callable[[tuple[Document, ...]], Sequence[Document]]) -> int:
+        """Change the documents, in turn with the posts but without a number; errors as of `add`.
+
+        Returns:
+            How many tokens of the prompt were invalidated.
+        """
+        async with self._taking:
+            await self._must_be_open()
+            self.touched_s = time.monotonic()
+            taken = self._replace(list(change(self.prompt.documents)))
+            await self.keep()
+            self._changed.set()
+            return taken.invalidated
+
     def take(self, new: Sequence[Document]) -> None:
         """Put documents behind those in the prompt, without a number.
 
@@ -210,15 +226,18 @@ class Stream:
         self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
         self._changed.set()
 
-    def _replace(self, documents: list[Document]) -> Taken:
+    def _replace(self, documents: list[Document]) -> ListTaken:
         prompt = self.prompt.with_only(documents)
         self.check_length(prompt, param="documents")
         before, after = self.prompt.open_tokens, prompt.open_tokens
         kept, added = difference(before, after)
         invalidated = len(before) - kept
-        self.prompt = prompt
+        known, self.prompt = self.prompt.documents, prompt
         self.line.rewritten(kept)
-        self.books.rewritten(after, kept)
+        if prompt.documents[: len(known)] == known:
+            self.books.appended(prompt.documents[len(known) :])
+        else:
+            self.books.rewritten(after, kept)
         self.known.replace(documents)
         self._metrics.lists.inc()
         self._metrics.context_tokens.inc(len(added))

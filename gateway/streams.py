@@ -128,6 +128,8 @@ class Streams:
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
         self._metrics.open_streams.set(self._alive)
+        if stream.retrieval is not None:
+            stream.retrieval.cancel()
 
     def _moved(self, stream: Stream) -> None:
         if self._streams.get(stream.id) is stream:

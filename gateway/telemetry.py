@@ -11,6 +11,8 @@ TTFT_BUCKETS_S = (
 
 CHUNK_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
 
+RETRIEVAL_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
 
 class Metrics:
     """The metrics of one gateway, in a registry of its own."""
@@ -67,6 +69,18 @@ class Metrics:
             "stream2llm_chunk_acknowledgement_seconds",
             "From the head of a chunk's request to its acknowledgement",
             buckets=CHUNK_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.retrieval_sources = Counter(
+            "stream2llm_retrieval_sources_total",
+            "Sources that the gateway searched, by kind and by how the search ended",
+            ["source", "end"],
+            registry=self.registry,
+        )
+        self.retrieval_seconds = Histogram(
+            "stream2llm_retrieval_seconds",
+            "All sources of one stream, from the beginning to the last one's end",
+            buckets=RETRIEVAL_BUCKETS_S,
             registry=self.registry,
         )
         self.engine_up = Gauge(

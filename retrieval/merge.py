@@ -1,7 +1,8 @@
 """Several sources as one list of documents: searched side by side, merged as they answer.
 
 In front stand the documents of append-mode sources, in the order in which they came; behind them
-those of update-mode sources, which may still change: a change at the end costs an engine least.
+those of update-mode sources, as long as they may change: a change at the end costs an engine least.
+When such a source has ended, what comes later stands behind its documents.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class SourceReport:
-    """How one source ended."""
+    """How one source ended, or that it has not."""
 
     name: str
-    ended: Ended
+    ended: Ended | None
+    """None: it is still searched."""
     reason: str
     """Why it failed; else empty."""
     passages: int
@@ -66,7 +68,7 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a merged search ended."""
+    """How a merged search goes, or went."""
 
     sources: tuple[SourceReport, ...]
     duplicates: int
@@ -91,6 +93,7 @@ class MergedSearch:
         self._lanes = [_Lane(part) for part in parts]
         self._budget = replace(budget, size=lru_cache(SIZES_KNOWN)(budget.size))
         self._front = _Selection(self._budget)
+        self._standing: list[Passage] = []  # what will not change any more, as it came
         self._last = _Selection(self._budget)
         self._changed = asyncio.Event()
 
@@ -117,11 +120,10 @@ class MergedSearch:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def report(self) -> Report:
-        """How it went; of the sources that have ended."""
+        """How it goes or went, of each source in the order in which they were given."""
         sources = tuple(
             SourceReport(lane.part.source.name, lane.ended, lane.reason, lane.passages)
             for lane in self._lanes
-            if lane.ended is not None
         )
         return Report(
             sources,
@@ -151,6 +153,7 @@ class MergedSearch:
             left = left_s(query)
             lane.end("complete" if left is None or left > 0 else "deadline")
         finally:
+            self._standing += lane.documents
             self._changed.set()
 
     def _take(self, lane: _Lane, event: Found | Ranked) -> None:
@@ -159,7 +162,7 @@ class MergedSearch:
         else:
             lane.passages += 1
             # what does not fit beside its equals alone never will: memory stays bounded
-            self._front.offer([lane.named(event.passage)])
+            self._standing += self._front.offer([lane.named(event.passage)])
         self._changed.set()
 
     def _merged(self) -> Documents:
@@ -169,8 +172,8 @@ class MergedSearch:
         self._last = _Selection(self._budget)
         for passages in (front, ranked) if self._budget.drop == "ranked" else (ranked, front):
             self._last.offer(passages)
-        placed = [*front, *(p for lane in self._lanes for p in lane.documents)]
-        return self._last.in_order_of(placed)
+        changing = (lane for lane in self._lanes if lane.ended is None)
+        return self._last.in_order_of(chain(self._standing, *(lane.documents for lane in changing)))
 
 
 class _Lane:
@@ -220,7 +223,9 @@ class _Selection:
     def documents(self) -> Documents:
         return tuple(self._chosen.values())
 
-    def offer(self, passages: Iterable[Passage]) -> None:
+    def offer(self, passages: Iterable[Passage]) -> list[Passage]:
+        """Choose among these; returns those that it has chosen."""
+        chosen = []
         for passage in passages:
             text = hashlib.blake2b(" ".join(passage.text.split()).encode()).digest()
             if passage.id in self._chosen or text in self._texts:
@@ -231,6 +236,8 @@ class _Selection:
                 self._left -= size
                 self._texts.add(text)
                 self._chosen[passage.id] = passage
+                chosen.append(passage)
+        return chosen
 
     def in_order_of(self, placed: Iterable[Passage]) -> Documents:
         """The chosen documents, each where it stands first among those given."""

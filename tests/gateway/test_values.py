@@ -61,11 +61,36 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path: P
         ([], {"STREAM2LLM_LEASE_S": "-1"}, "lease_s"),
         ([], {"STREAM2LLM_LOG_LEVEL": "loud"}, "log_level"),
         (["--config", "/nonexistent.toml"], {}, "config"),
+        ([], {"STREAM2LLM_CRAWL": "perhaps"}, "crawl"),
+        (["--crawl-ports", "443,https"], {}, "crawl_ports"),
+        (["--crawl-networks", "10.0.0.1/8"], {}, "crawl_networks"),
+        (["--max-retrievals", "0"], {}, "max_retrievals"),
     ],
 )
 def test_a_bad_setting_is_named(argv: list[str], environ: dict[str, str], key: str) -> None:
     with pytest.raises(SettingsError, match=f"^{key}"):
         load(argv, environ)
+
+
+def test_what_may_be_crawled_is_set_by_flags_environment_and_file(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text('crawl_ports = [80, 8080]\ncrawl_deny = ["a.example", ".b.example"]\n')
+    flags = [
+        "--config",
+        str(file),
+        "--crawl-networks",
+        "10.1.0.0/16",
+        "--crawl-networks",
+        "::1/128",
+    ]
+    for more, environ in ((["--crawl"], {}), ([], {"STREAM2LLM_CRAWL": "true"})):
+        settings = load([*flags, *more], environ)
+        assert settings.crawl
+        policy = settings.fetch_policy
+        assert policy.ports == {80, 8080}
+        assert policy.denied_hosts == ("a.example", ".b.example")
+        assert policy.allowed_networks == ("10.1.0.0/16", "::1/128")
+    assert not load(flags, {}).crawl
 
 
 def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:

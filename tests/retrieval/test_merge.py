@@ -69,7 +69,10 @@ def texts(documents: Documents) -> list[str]:
 
 
 async def test_the_changing_part_stands_last() -> None:
-    parts = [Part(Scripted("ann", ranked("x y z"))), Part(Scripted("web", found("a", "b")))]
+    parts = [
+        Part(Scripted("ann", ranked("x y z", "x y z", "x y z"))),
+        Part(Scripted("web", found("a", "b"))),
+    ]
     lists, report = await run(parts)
     assert texts(lists[-1]) == ["a", "b", "x", "y", "z"]
     assert [p.id for p in lists[-1]] == ["web/a", "web/b", "ann/x", "ann/y", "ann/z"]
@@ -78,6 +81,19 @@ async def test_the_changing_part_stands_last() -> None:
         ("ann", "complete", 3),
         ("web", "complete", 2),
     ]
+
+
+async def test_what_comes_after_a_ranking_has_ended_stands_behind_it() -> None:
+    parts = [
+        Part(Scripted("ann", ranked("x y"))),
+        Part(Scripted("web", found(*"abc"))),
+        Part(Scripted("slow", ranked("p q"), hangs=True)),
+    ]
+    lists, _ = await run(parts, query=Query("q", time.monotonic() + 0.05))
+    order = texts(lists[-1])
+    assert order[0] == "a"
+    assert order.index("y") == order.index("x") + 1 < order.index("c")
+    assert order[-2:] == ["p", "q"]
 
 
 async def test_one_text_or_one_address_stands_once() -> None:
@@ -184,11 +200,13 @@ def test_every_list_keeps_the_budget_the_order_and_has_nothing_twice(
     parts = [Part(Scripted(str(n), script)) for n, script in enumerate(scripts)]
     lists, report = asyncio.run(run(parts, Budget(len, limit, drop)))
     appended = {p.source.name for p in parts if p.source.mode == "append"}
+    came: list[str] = []
     for documents in lists:
         assert sum(map(len, texts(documents))) <= limit
         assert len(set(texts(documents))) == len({p.id for p in documents}) == len(documents)
-        in_front = [p.id.partition("/")[0] in appended for p in documents]
-        assert in_front == sorted(in_front, reverse=True)
+        now = [p.id for p in documents if p.id.partition("/")[0] in appended]
+        assert [n for n in now if n in came] == [n for n in came if n in now]
+        came = now
     # nothing is missing but doubles and what was dropped
     given = sum(source.passages for source in report.sources)
     kept = len(lists[-1]) if lists else 0
