@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from engine_adapter.client import EngineClient
 from engine_adapter.errors import (
     EngineError,
     EngineUnavailable,
@@ -34,6 +33,7 @@ from engine_adapter.messages import (
     Progress,
     Sampling,
 )
+from engine_adapter.operations import Operations
 from gateway.placement import Engine
 from gateway.prompt import difference
 from gateway.routing import Decision
@@ -266,7 +266,7 @@ class Line:
         self.progress, self.touched_s = progress, time.monotonic()
 
     @property
-    def _client(self) -> EngineClient:
+    def _client(self) -> Operations:
         if self.engine is None:
             raise EngineUnavailable("the stream has no engine")
         return self.engine.client

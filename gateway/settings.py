@@ -26,6 +26,11 @@ class Settings:
     engine: tuple[str, ...] = _setting(
         (), "URL of an engine that runs the plug-in; may be given several times"
     )
+    plain_engine: tuple[str, ...] = _setting(
+        (),
+        "URL of an OpenAI-compatible server without the plug-in, whose prefix cache is warmed "
+        "instead; may be given several times",
+    )
     tokenizer: str | None = _setting(
         None, "folder or name of the model's tokenizer (default: the model name the engine says)"
     )
@@ -67,11 +72,12 @@ class Settings:
             raise SettingsError("port", "must be between 0 and 65535")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError("log_level", "must be debug, info, warning or error")
-        for url in (*self.engine, *([self.advertise] if self.advertise else [])):
-            if not url.startswith(("http://", "https://")):
-                raise SettingsError(
-                    "engine" if url in self.engine else "advertise", f"{url!r} is no http(s) URL"
-                )
+        advertise = (self.advertise,) if self.advertise else ()
+        named = {"engine": self.engine, "plain_engine": self.plain_engine, "advertise": advertise}
+        for name, urls in named.items():
+            for url in urls:
+                if not url.startswith(("http://", "https://")):
+                    raise SettingsError(name, f"{url!r} is no http(s) URL")
 
     @property
     def replica(self) -> str:
@@ -120,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         shown = "" if default in (None, ()) else f" (default: {default})"
         parser.add_argument(
             "--" + setting.name.replace("_", "-"),
-            action="append" if setting.name == "engine" else "store",
+            action="append" if _TYPES[setting.name] == tuple[str, ...] else "store",
             metavar=setting.name.rsplit("_", 1)[-1].upper(),
             help=setting.metadata["help"] + shown,
         )
