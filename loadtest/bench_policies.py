@@ -42,7 +42,7 @@ from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError
 from loadtest import workload
 from loadtest.report import Cuts, machine, p50_p95_p99, slashed, vllm_version
-from loadtest.targets import Clock, SessionOfParts, Streamed, Target, Whole
+from loadtest.targets import Clock, SessionOfParts, Streamed, Target, Warmed, Whole
 from loadtest.trace import Script, most_at_once, scaled, script
 from loadtest.workload import Query
 
@@ -280,7 +280,7 @@ class Side:
     """An engine, and the rows it is played for."""
 
     rows: tuple[str, ...]
-    target: type[Whole] | type[Streamed] | type[SessionOfParts]
+    target: type[Whole] | type[Streamed] | type[Warmed] | type[SessionOfParts]
     options: EngineOptions
 
     @property
