@@ -21,8 +21,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine_adapter.completions import Json, events, prompt, streamed, warming
-from engine_adapter.errors import BadOperation, EngineError, PromptFinished
+from engine_adapter import completions
+from engine_adapter.completions import Json
+from engine_adapter.errors import BadOperation, EngineError, PromptFinished, UnknownPrompt
 from engine_adapter.messages import Event, Sampling
 from engine_adapter.plain_server import Identity, Load, PlainServer, Reading
 from engine_adapter.sessions import Status
@@ -84,7 +85,7 @@ class Warming:
 
     async def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
         """Replace what is behind the first `keep` tokens."""
-        changed = self._prompts[prompt_id]
+        changed = self._get(prompt_id)
         before = changed.warmed
         self._replace(changed, keep, changed.tokens[:keep] + tokens)
         self._warm_soon(changed)
@@ -112,13 +113,18 @@ class Warming:
 
     async def status(self, prompt_id: str) -> Status:
         """State of a prompt."""
-        return _status(self._prompts[prompt_id])
+        return _status(self._get(prompt_id))
 
     async def close(self, prompt_id: str) -> Status:
         """Forget a prompt."""
         if (closed := self._prompts.pop(prompt_id, None)) is not None:
             _stop(closed)
         return {}
+
+    def _get(self, prompt_id: str) -> _Prompt:
+        if (found := self._prompts.get(prompt_id)) is None:
+            raise UnknownPrompt(f"no prompt {prompt_id!r} is open here")
+        return found
 
     # Warming.
 
@@ -137,18 +143,17 @@ class Warming:
         """Until the server has all there is."""
         while self._next(prompt):
             async with self._turns:
-                await self._give_way()
-                if not (length := self._next(prompt)):
-                    return
                 try:
-                    await self._warm_once(prompt, length)
+                    await self._give_way()
+                    if length := self._next(prompt):
+                        await self._warm_once(prompt, length)
                 except EngineError as e:
                     logger.info("a warming on %s failed: %s", self._server.url, e)
                     return  # the next input tries again
 
     async def _warm_once(self, prompt: _Prompt, length: int) -> None:
         under_way = prompt.under_way = _UnderWay(length, length)
-        body = warming(self._model, prompt.tokens[:length], prompt.cache_salt)
+        body = completions.warming(self._model, prompt.tokens[:length], prompt.cache_salt)
         try:
             await self._server.complete(body)
             prompt.warmed = max(prompt.warmed, under_way.shared)
@@ -167,7 +172,7 @@ class Warming:
 
     def sampling_params(self, sampling: Sampling, prompt_id: str, version: int, room: int) -> Json:
         """The server's form of a `Sampling`, of which it says itself what it refuses."""
-        return streamed(sampling, room)
+        return completions.streamed(sampling, room)
 
     async def answer(
         self,
@@ -180,14 +185,14 @@ class Warming:
         """Generate the answer to a whole prompt. Closing the iterator aborts it."""
         answered = self._prompts.setdefault(prompt_id, _Prompt(tokens, cache_salt))
         warmed = answered.warmed
-        _stop(answered)
-        body = prompt(self._model, tokens, cache_salt) | params
+        _stop(answered)  # the answer computes what is missing, and finds what was computed
+        body = completions.prompt(self._model, tokens, cache_salt) | params
         self._starting += 1
         try:
             async with (
                 self._server.stream(body) as reading,
                 aclosing(
-                    events(reading.lines(), len(tokens), warmed, params.get("logprobs"))
+                    completions.events(reading.lines(), len(tokens), warmed, params.get("logprobs"))
                 ) as found,
             ):
                 self._answers[request_id] = reading
