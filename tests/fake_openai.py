@@ -24,6 +24,8 @@ class FakeOpenAI:
     """None: it says nothing of itself in metrics."""
     waiting: int = 0
     card: dict[str, Any] = field(default_factory=lambda: {"id": MODEL, "max_model_len": 4096})
+    context_tokens: int | None = None
+    """As llama.cpp's server tells it, apart from its list of models."""
     refuses: tuple[int, str] | None = None
     """Status and message of every completion."""
     finish_reason: str | None = "length"
@@ -55,6 +57,7 @@ class FakeOpenAI:
                 web.get("/metrics", self._metrics),
                 web.get("/v1/models", self._models),
                 web.get("/version", self._version),
+                web.get("/props", self._props),
                 web.post("/v1/completions", self._completions),
             ]
         )
@@ -68,6 +71,11 @@ class FakeOpenAI:
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "0"})
+
+    async def _props(self, request: web.Request) -> web.Response:
+        if self.context_tokens is None:
+            raise web.HTTPNotFound
+        return web.json_response({"default_generation_settings": {"n_ctx": self.context_tokens}})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         if self.started_s is None:

@@ -375,6 +375,11 @@ async def test_a_server_that_lacks_what_is_needed_is_refused_by_name(
             await pair.client.info()
 
 
+async def test_the_context_may_be_told_apart_from_the_list_of_models() -> None:
+    async with running(FakeOpenAI(card={"id": MODEL}, context_tokens=512)) as pair:
+        assert (await pair.client.info()).max_model_len == 512
+
+
 async def test_cached_tokens_are_estimated_where_the_server_does_not_tell() -> None:
     async with running(FakeOpenAI(cached_details=False)) as pair:
         await pair.client.open("a", Open(tokens=ids(PART)))
