@@ -12,8 +12,8 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
 
-.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-plan \
-    bench-index bench-routing bench-crawl bench-ann bench-retrieval clean
+.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-disagg \
+    bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ bench-sim: $(READY) ## the policies on the simulated engine, beside the publishe
 
 bench-policies: model ## the policies on the real engine, beside stock vLLM, when memory is short
 	@$(BIN)/python -m loadtest.bench_policies
+
+bench-disagg: model ## ways to read a prompt that still arrives: waiting, warming, streaming
+	@$(BIN)/python -m loadtest.bench_disagg
 
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
+from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable, WithoutPlugin
 from engine_adapter.messages import (
     PREFIX,
     Blocks,
@@ -90,6 +90,9 @@ class EngineClient:
         """Forget a prompt and free its memory."""
         return await self._ask(Progress, "DELETE", f"/prompts/{prompt_id}")
 
+    async def close(self) -> None:
+        """Nothing runs here."""
+
     @asynccontextmanager
     async def finish(self, prompt_id: str, op: Finish) -> AsyncIterator[AsyncIterator[Event]]:
         """Close the input; gives the events of the answer. Leaving the block aborts it.
@@ -99,7 +102,7 @@ class EngineClient:
         path = f"{PREFIX}/prompts/{prompt_id}/finish"
         timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
         async with (
-            _translated(),
+            translated(),
             self._session.post(
                 self.url + path,
                 data=encode(op),
@@ -114,7 +117,7 @@ class EngineClient:
 
     @staticmethod
     async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
-        async with _translated():
+        async with translated():
             async for line in response.content:
                 yield decode_event(line)
 
@@ -127,7 +130,7 @@ class EngineClient:
         limits: aiohttp.ClientTimeout | None = None,
     ) -> M:
         async with (
-            _translated(),
+            translated(),
             self._session.request(
                 method,
                 self.url + PREFIX + path,
@@ -137,6 +140,8 @@ class EngineClient:
             ) as response,
         ):
             body = await response.read()
+            if response.status == 404 and path == "/info":
+                raise WithoutPlugin(f"{self.url} runs without the plug-in of stream2llm")
             if response.status != 200:
                 raise _error(body)
         try:
@@ -167,7 +172,7 @@ def _error(body: bytes) -> EngineError:
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
+async def translated() -> AsyncIterator[None]:
     """Errors of aiohttp become errors of the engine, here and nowhere else."""
     try:
         yield

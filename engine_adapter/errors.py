@@ -9,6 +9,7 @@
      +- PromptFinished        409  its input is closed and it is too late for this
      +- EngineOverloaded      503  as many prompts are open as the engine allows
      +- EngineUnavailable     503  the engine does not answer, or died on the way
+         +- WithoutPlugin     503  something answers there, but has none of the operations
 
 On the wire an error is the JSON object of `to_json`; `from_json` gives the same class back.
 """
@@ -90,6 +91,12 @@ class EngineUnavailable(EngineError):
     status, code = 503, "engine_unavailable"
 
 
+class WithoutPlugin(EngineUnavailable):
+    """Something answers there, but has none of the operations: a server without the plug-in."""
+
+    code = "without_plugin"
+
+
 _BY_CODE: dict[str, type[EngineError]] = {
     kind.code: kind
     for kind in (
@@ -101,5 +108,6 @@ _BY_CODE: dict[str, type[EngineError]] = {
         PromptFinished,
         EngineOverloaded,
         EngineUnavailable,
+        WithoutPlugin,
     )
 }

@@ -258,6 +258,8 @@ class EngineInfo(Message, frozen=True):
     """Tokens that it could compute now and has not: of all prompts, open and closed."""
     kv_events: KvEvents | None = None
     """None if it publishes none, or holds KV in other than one kind of block."""
+    lacks: list[str] = []
+    """What it can't do that an engine with the plug-in can, in words."""
 
 
 M = TypeVar("M")

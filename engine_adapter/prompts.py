@@ -21,7 +21,7 @@ from engine_adapter.messages import (
     Event,
     Finish,
     KvEvents,
-    Message,
+    Progress,
     Sampling,
     SetPolicy,
     encode,
@@ -159,20 +159,24 @@ class StreamingPrompts(Generic[P]):
         return await self.info()
 
     def finish(self, prompt_id: str, op: Finish) -> AsyncGenerator[bytes, None]:
-        """Close a prompt's input; the events of its answer as lines of JSON.
+        """As `answer`, in lines of JSON."""
+        return _lines(self.answer(prompt_id, op))
 
-        Whoever reads the lines closes them.
+    def answer(self, prompt_id: str, op: Finish) -> AsyncGenerator[Event, None]:
+        """Close a prompt's input; the events of its answer.
+
+        Whoever reads them closes them.
 
         Raises:
             EngineError: the operation is not valid; the prompt stays as it was.
         """
         self._params(prompt_id, op.version, op.keep + len(op.tokens), op.sampling)
         session, answer = self.sessions.finish(prompt_id, op)
-        return self._lines(session, answer, op.sampling)
+        return self._events(session, answer, op.sampling)
 
-    async def _lines(
+    async def _events(
         self, session: Session, answer: Answer, sampling: Sampling
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> AsyncGenerator[Event, None]:
         prompt_id, salt = session.prompt_id, session.cache_salt
 
         def generate(version: int, tokens: list[int]) -> AsyncGenerator[Event, None]:
@@ -184,7 +188,7 @@ class StreamingPrompts(Generic[P]):
         try:
             async with aclosing(answer.events(generate)) as events:
                 async for event in events:
-                    yield encode(event) + b"\n"
+                    yield event
         finally:
             self._answers.pop(prompt_id, None)
             self.sessions.answered(session, answer)
@@ -195,8 +199,14 @@ class StreamingPrompts(Generic[P]):
         room = max(self._limits.max_model_len - length, 1)
         return self.engine.sampling_params(sampling, prompt_id, version, room)
 
-    async def abort(self, prompt_id: str) -> Message:
+    async def abort(self, prompt_id: str) -> Progress:
         """Forget a prompt, also while it is being answered."""
         if (request_id := self._answers.get(prompt_id)) is not None:
             await self.engine.abort(request_id)
         return await self.sessions.abort(prompt_id)
+
+
+async def _lines(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield encode(event) + b"\n"

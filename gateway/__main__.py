@@ -20,7 +20,7 @@ def main() -> int:
     """Read the settings and serve until interrupted. Returns the exit code."""
     try:
         settings = load(sys.argv[1:])
-        if not settings.engine:
+        if not settings.engine and not settings.plain_engine:
             raise SettingsError("engine", "name at least one, e.g. --engine http://127.0.0.1:8100")
     except SettingsError as e:
         print(f"gateway: {e}", file=sys.stderr)

@@ -95,6 +95,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         engines = Engines(
             session,
             settings.engine,
+            plain_urls=settings.plain_engine,
             poll_s=settings.poll_s,
             policy=settings.routing,
             prefixes=prefixes,

@@ -73,7 +73,9 @@ class Books:
         """The stream at this moment."""
         stream, line = self._stream, self._stream.line
         # An engine may drop a closed prompt with its answer: then the record needs it all.
-        confirmed = line.confirmed if stream.state == "open" else 0
+        # One without the plug-in has no tokens to give to another replica.
+        kept_there = line.engine is not None and line.engine.keeps_prompts
+        confirmed = line.confirmed if stream.state == "open" and kept_there else 0
         about = About(
             model=stream.model,
             prompt_id=line.prompt_id,

@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from engine_adapter.client import EngineClient
 from engine_adapter.errors import (
     EngineError,
     EngineUnavailable,
@@ -33,6 +32,7 @@ from engine_adapter.messages import (
     Progress,
     Sampling,
 )
+from engine_adapter.operations import Operations
 from gateway.placement import Engine
 from gateway.prompt import difference
 from gateway.routing import Decision
@@ -279,7 +279,7 @@ class Line:
         return True
 
     @property
-    def _client(self) -> EngineClient:
+    def _client(self) -> Operations:
         if self.engine is None:
             raise EngineUnavailable("the stream has no engine")
         return self.engine.client

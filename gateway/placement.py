@@ -12,8 +12,10 @@ import aiohttp
 
 from cache_index.names import ALGORITHMS, Hashing
 from engine_adapter.client import EngineClient
-from engine_adapter.errors import EngineError
+from engine_adapter.errors import EngineError, WithoutPlugin
 from engine_adapter.messages import EngineInfo
+from engine_adapter.operations import Operations
+from engine_adapter.plain_client import PlainClient
 from gateway.errors import EngineFailed, ModelNotFound
 from gateway.routing import POLICIES, Candidate, Decision
 from gateway.telemetry import Metrics
@@ -28,7 +30,7 @@ POLL_TIMEOUT_S = 10.0
 class Engine:
     """One engine as the gateway knows it."""
 
-    client: EngineClient
+    client: Operations
     info: EngineInfo | None = None
     """What it last said; None while it does not answer."""
     streams: int = field(default=0)
@@ -37,10 +39,17 @@ class Engine:
     """Of the prompts placed there since it was last asked."""
     streams_told: int = field(default=0)
     """What `streams` was when it was last asked."""
+    trouble: str = ""
+    """Why it does not answer, as far as that was logged."""
 
     @property
     def url(self) -> str:
         return self.client.url
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether it can tell another gateway what it has of a prompt."""
+        return self.info is not None and "tokens" in self.info.operations
 
     @property
     def hashing(self) -> Hashing | None:
@@ -87,6 +96,7 @@ class Engines:
         session: aiohttp.ClientSession,
         urls: Sequence[str],
         *,
+        plain_urls: Sequence[str] = (),
         poll_s: float,
         policy: str,
         prefixes: Prefixes,
@@ -96,6 +106,8 @@ class Engines:
     ) -> None:
         """
         Args:
+            urls: of engines with the plug-in.
+            plain_urls: of servers that were not modified.
             policy: one of `routing.POLICIES`.
             seen: called after every answer of an engine.
         """
@@ -103,7 +115,10 @@ class Engines:
         self._prefixes = prefixes
         self._seen = seen
         self._placed = 0
-        self.all = tuple(Engine(EngineClient(session, url)) for url in urls)
+        self.all = (
+            *(Engine(EngineClient(session, url)) for url in urls),
+            *(Engine(PlainClient(session, url)) for url in plain_urls),
+        )
         self._poll_s = poll_s
         self._metrics = metrics
         self._lost = lost
@@ -120,6 +135,7 @@ class Engines:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(engine.client.close() for engine in self.all))
 
     @property
     def ready(self) -> list[Engine]:
@@ -189,12 +205,12 @@ class Engines:
             engine.info = await engine.client.info(timeout_s=POLL_TIMEOUT_S)
         except EngineError as e:
             engine.info = None
-            if before is not None:
-                logger.warning("engine %s is gone: %s", engine.url, e)
+            _log_trouble(engine, e)
         else:
             engine.placed_tokens, engine.streams_told = 0, engine.streams
+            engine.trouble = ""
             if before is None:
-                logger.info("engine %s serves %s", engine.url, engine.info.model)
+                _log_ready(engine.url, engine.info)
         self._metrics.engine_up.labels(engine.url).set(engine.info is not None)
         same = engine.info is not None and before is not None
         if before is not None and not (same and engine.info.instance_id == before.instance_id):  # type: ignore[union-attr]
@@ -205,6 +221,20 @@ class Engines:
         while True:
             await asyncio.sleep(self._poll_s)
             await self.check(engine)
+
+
+def _log_trouble(engine: Engine, error: EngineError) -> None:
+    """Why an engine does not answer, once."""
+    if error.message != engine.trouble:
+        engine.trouble = error.message
+        hint = "; name it with --plain-engine" if isinstance(error, WithoutPlugin) else ""
+        logger.warning("engine %s can't be used: %s%s", engine.url, error, hint)
+
+
+def _log_ready(url: str, info: EngineInfo) -> None:
+    logger.info("engine %s serves %s (%s)", url, info.model, info.engine)
+    if info.lacks:
+        logger.info("engine %s lacks %s", url, "; ".join(info.lacks))
 
 
 @dataclass(frozen=True, slots=True)

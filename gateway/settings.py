@@ -27,6 +27,11 @@ class Settings:
     engine: tuple[str, ...] = _setting(
         (), "URL of an engine that runs the plug-in; may be given several times"
     )
+    plain_engine: tuple[str, ...] = _setting(
+        (),
+        "URL of an OpenAI-compatible server without the plug-in, whose prefix cache is warmed "
+        "instead; may be given several times",
+    )
     tokenizer: str | None = _setting(
         None, "folder or name of the model's tokenizer (default: the model name the engine says)"
     )
@@ -92,11 +97,12 @@ class Settings:
             raise SettingsError("port", "must be between 0 and 65535")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError("log_level", "must be debug, info, warning or error")
-        for url in (*self.engine, *([self.advertise] if self.advertise else [])):
-            if not url.startswith(("http://", "https://")):
-                raise SettingsError(
-                    "engine" if url in self.engine else "advertise", f"{url!r} is no http(s) URL"
-                )
+        advertise = (self.advertise,) if self.advertise else ()
+        named = {"engine": self.engine, "plain_engine": self.plain_engine, "advertise": advertise}
+        for name, urls in named.items():
+            for url in urls:
+                if not url.startswith(("http://", "https://")):
+                    raise SettingsError(name, f"{url!r} is no http(s) URL")
         if self.index and not self.advertise and self.host in ("0.0.0.0", "::", ""):
             raise SettingsError("advertise", "other gateways need a URL to reach this one by")
 

@@ -30,8 +30,8 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -42,7 +42,7 @@ from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError
 from loadtest import workload
 from loadtest.report import Cuts, machine, p50_p95_p99, slashed, vllm_version
-from loadtest.targets import Clock, SessionOfParts, Streamed, Target, Whole
+from loadtest.targets import Clock, SessionOfParts, Streamed, Target, Warmed, Whole
 from loadtest.trace import Script, most_at_once, scaled, script
 from loadtest.workload import Query
 
@@ -141,14 +141,17 @@ def load_of(name: str, queries: int, mean_tokens: int, seed: int) -> Load:
     return Load(name, scripts, qps, at_once)
 
 
-def pool_blocks(loads: Sequence[Load]) -> int:
+def pool_blocks(loads: Sequence[Load], memory_share: int = MEMORY_SHARE) -> int:
     """Blocks for a share of the tokens of `STREAMS` mean prompts.
+
+    Args:
+        memory_share: 1 for room for all, 4 for a quarter of it.
 
     Raises:
         ValueError: a prompt would not fit.
     """
     lengths = [len(script.prompt) for load in loads for script in load.scripts]
-    blocks = round(STREAMS * statistics.fmean(lengths) / MEMORY_SHARE / BLOCK_TOKENS)
+    blocks = round(STREAMS * statistics.fmean(lengths) / memory_share / BLOCK_TOKENS)
     if blocks * BLOCK_TOKENS < max(lengths) + BLOCK_TOKENS:
         raise ValueError(f"a prompt of {max(lengths)} tokens does not fit; take another seed")
     return blocks
@@ -277,7 +280,7 @@ class Side:
     """An engine, and the rows it is played for."""
 
     rows: tuple[str, ...]
-    target: type[Whole] | type[Streamed] | type[SessionOfParts]
+    target: type[Whole] | type[Streamed] | type[Warmed] | type[SessionOfParts]
     options: EngineOptions
 
     @property
@@ -303,6 +306,15 @@ def sides(options: argparse.Namespace, blocks: int) -> list[Side]:
     ]
 
 
+@asynccontextmanager
+async def closed(target: Target) -> AsyncIterator[Target]:
+    """A target that is closed in the end."""
+    try:
+        yield target
+    finally:
+        await target.close()
+
+
 async def measure(
     side: Side, server: Server, loads: Sequence[Load], options: argparse.Namespace
 ) -> list[tuple[Row, list[Outcome]]]:
@@ -319,14 +331,16 @@ async def measure(
         warm = replace(
             loads[0].scripts[0], due_s=(0.0,), contexts=loads[0].scripts[0].contexts[-1:]
         )
-        await play(target("warm"), warm, Clock(), options.answer_tokens)
+        async with closed(target("warm")) as warming:
+            await play(warming, warm, Clock(), options.answer_tokens)
         meter = Meter(server, http, side.plugin)
         for load in loads:
             for name in side.rows:
                 if side.plugin:
                     await EngineClient(http, server.url).set_policy(name)
                 before = await meter.counters()
-                outcomes = await play_all(target(f"{load.name}-{name}"), load, meter, options)
+                async with closed(target(f"{load.name}-{name}")) as played:
+                    outcomes = await play_all(played, load, meter, options)
                 after = await meter.counters()
                 row = row_of(load, name, outcomes, before, after, options.answer_tokens)
                 print(f"  {load.name} {name}: {row.answered} of {row.queries} answered", flush=True)

@@ -1,6 +1,7 @@
-"""Three ways to have an engine answer a query whose input arrives over time.
+"""Ways to have an engine answer a query whose input arrives over time.
 
-`Whole` waits for all of it, as without streaming. `Streamed` uses the plug-in's operations.
+`Whole` waits for all of it, as without streaming. `Streamed` uses the plug-in's operations, and
+`Warmed` the same ones on an engine without it, whose prefix cache is warmed.
 `SessionOfParts` uses vLLM's own streaming input, through `loadtest.stock_streaming`.
 """
 
@@ -10,7 +11,7 @@ import asyncio
 import json
 import time
 from bisect import bisect_right
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ import aiohttp
 from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError, UnknownPrompt, VersionConflict
 from engine_adapter.messages import ErrorEvent, Extend, Finish, Open, Sampling, TokenEvent
+from engine_adapter.operations import Operations
+from engine_adapter.plain_client import PlainClient
 from loadtest.trace import Script, common
 
 LEASE_S = 600.0
@@ -51,6 +54,9 @@ class Target(Protocol):
             EngineError, aiohttp.ClientError: the engine refuses, or breaks off.
         """
 
+    async def close(self) -> None:
+        """No more queries come."""
+
 
 class Whole:
     """The prompt in one request, when the last input is there."""
@@ -80,6 +86,9 @@ class Whole:
                     for choice in json.loads(line[len("data: ") :]).get("choices", ()):
                         yield choice["token_ids"]
 
+    async def close(self) -> None:
+        """Nothing is held."""
+
 
 class Streamed:
     """By the plug-in: opened with the first input, extended by the next, finished by the last.
@@ -89,10 +98,12 @@ class Streamed:
     to stream; it is an ordinary request.
     """
 
+    client: Callable[[aiohttp.ClientSession, str], Operations] = EngineClient
+
     def __init__(
         self, http: aiohttp.ClientSession, url: str, model: str, salt: str, answer_tokens: int
     ) -> None:
-        self._client = EngineClient(http, url)
+        self._client = self.client(http, url)
         self._salt = salt
         self._sampling = Sampling(max_tokens=answer_tokens, temperature=0.0, ignore_eos=True)
         self._whole = Whole(http, url, model, salt, answer_tokens)
@@ -123,11 +134,20 @@ class Streamed:
             with suppress(EngineError):
                 await self._client.abort(prompt.prompt_id)
 
+    async def close(self) -> None:
+        await self._client.close()
+
+
+class Warmed(Streamed):
+    """By the same operations on an engine without the plug-in."""
+
+    client = PlainClient
+
 
 class _OpenPrompt:
     """What an engine has been sent of one prompt."""
 
-    def __init__(self, client: EngineClient, prompt_id: str, salt: str) -> None:
+    def __init__(self, client: Operations, prompt_id: str, salt: str) -> None:
         self.prompt_id = prompt_id
         self.closed = False
         self._client = client
@@ -212,3 +232,6 @@ class SessionOfParts:
         finally:
             if socket is not None:
                 await socket.close()
+
+    async def close(self) -> None:
+        """Each query has a connection of its own."""

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gateway", "engine_adapter", "retrieval", "cache_index", "deploy", "loadtest")
 
 ALLOWED = {
-    "gateway": {"engine_adapter.client", "engine_adapter.messages", "engine_adapter.errors",
-                "retrieval", "cache_index"},
+    "gateway": {"engine_adapter.client", "engine_adapter.plain_client", "engine_adapter.operations",
+                "engine_adapter.messages", "engine_adapter.errors", "retrieval", "cache_index"},
     "engine_adapter": set[str](),
     "retrieval": set[str](),
     "cache_index": set[str](),
@@ -19,6 +19,7 @@ ALLOWED = {
     # HTTP only, but where there is nobody to speak HTTP to: the simulation, the planner, the index,
     # and sources, which are a library too
     "loadtest": {"deploy", "engine_adapter.client", "engine_adapter.messages",
+                 "engine_adapter.operations", "engine_adapter.plain_client",
                  "engine_adapter.errors", "engine_adapter.simulated", "engine_adapter.scheduling",
                  "cache_index", "retrieval", "gateway.client"},
 }  # fmt: skip
