@@ -35,7 +35,7 @@ AT_ONCE = 2
 MIN_NEW_TOKENS = 64
 """A smaller warming costs the server more than it saves."""
 GIVE_WAY_S = 1.0
-LOOK_S = 0.1
+LOOK_S = 0.2
 """How old the server's word about its queue may be."""
 
 
