@@ -55,7 +55,7 @@ check: $(READY) ## lint, types and the fast tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m "not engine"
+	@$(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
 
 bench-gateway: model ## what the gateway itself costs per chunk, with 200 open streams
 	@$(BIN)/python -m loadtest.bench_gateway
