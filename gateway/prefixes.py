@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cache_index.event_stream import Source
@@ -31,6 +32,7 @@ MAX_UNDER_WAY = 65_536
 class _Following:
     follower: Follower
     events: KvEvents
+    family: str
 
 
 class Prefixes:
@@ -95,7 +97,7 @@ class Prefixes:
         events, before = engine.info.kv_events, self._following.get(engine.url)
         if before is not None and before.events != events:
             del self._following[engine.url]
-            stopping = asyncio.create_task(before.follower.stop())
+            stopping = asyncio.create_task(self._stop_following(engine.url, before))
             self._stopping.add(stopping)
             stopping.add_done_callback(self._stopping.discard)
         if events is None or engine.hashing is None or engine.url in self._following:
@@ -114,9 +116,19 @@ class Prefixes:
             engine=engine.url,
             lease_s=LEASE_S,
         )
-        self._following[engine.url] = _Following(follower, events)
+        self._following[engine.url] = _Following(follower, events, engine.hashing.family)
         follower.start()
         logger.info("following what %s holds", engine.url)
+
+    async def _stop_following(self, url: str, following: _Following) -> None:
+        """The engine was started anew, in another way: what it held under those names is gone."""
+        await following.follower.stop()
+        if following.family != self._family_of(url):
+            with suppress(IndexUnavailable):
+                await self._guard.call(lambda: self._index.drop(following.family, url))
+
+    def _family_of(self, url: str) -> str | None:
+        return self._following[url].family if url in self._following else None
 
     async def stop(self) -> None:
         """Follow none any more."""

@@ -510,6 +510,9 @@ class Stream:
             engine, prompt_id = self.line.engine, self.line.prompt_id
             self.fail(from_engine(e) if isinstance(e, EngineError) else e)
             self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
+        except Exception:  # a stream whose task has died would wait for ever
+            logger.exception("stream %s failed", self.id)
+            self.fail(GatewayError("the gateway failed"))
 
     def _pass_on(self, event: Event) -> None:
         match event:
