@@ -67,7 +67,7 @@ async def following(
         assert time.monotonic() - begun_s < 1
 
 
-async def agreed(engine: PublishedEngine, index: TinyIndex, within_s: float = 10) -> None:
+async def agreed(engine: PublishedEngine, index: TinyIndex, within_s: float = 30) -> None:
     """Wait until the index has all that the engine has told."""
 
     async def agree() -> bool:
