@@ -22,14 +22,8 @@ from functools import partial
 from typing import Literal
 
 from engine_adapter.errors import EngineError
-from engine_adapter.messages import (
-    DoneEvent,
-    ErrorEvent,
-    Event,
-    Progress,
-    Sampling,
-    TokenEvent,
-)
+from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Progress
+from gateway.answering import Answering
 from gateway.books import Books
 from gateway.errors import (
     ContextTooLong,
@@ -113,9 +107,7 @@ class Stream:
         self._pump_task: asyncio.Task[None] | None = None
         self._answer_task: asyncio.Task[None] | None = None
         self._last_words: list[asyncio.Task[None]] = []
-        self._finishing: tuple[Sampling, float] | None = None  # and when, monotonic
-        self._begun = False  # the answer has an event
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._answering = Answering(metrics)
 
     @property
     def ended(self) -> bool:
@@ -269,7 +261,7 @@ class Stream:
             self.check_length(self.prompt, options.answer_tokens)
             self.state = "finishing"
             self.touched_s = time.monotonic()
-            self._finishing = options.sampling(), time.monotonic()
+            self._answering.ask(options.sampling())
             self._start()  # nobody waits for the index
             await self.keep()
 
@@ -279,11 +271,7 @@ class Stream:
         A `DoneEvent` or an `ErrorEvent` is the last. Whoever stops reading before ends the
         stream with `cancel`.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._events.get()
-        except TimeoutError:
-            return None
+        return await self._answering.next_event(timeout_s)
 
     async def status(self) -> Progress | None:
         """What the engine says of the prompt now, or said last."""
@@ -293,8 +281,7 @@ class Stream:
     @property
     def waiting_tokens(self) -> int:
         """Tokens taken in that no operation has carried to an engine yet."""
-        alive = self.state in ALIVE
-        return self.line.ahead(self.prompt.open_tokens) if alive else 0
+        return 0 if self.ended else self.line.ahead(self.prompt.open_tokens)
 
     async def _must_be_open(self) -> None:
         """Refuse what comes too late, but not for a stream that goes on at another replica, of
@@ -325,11 +312,6 @@ class Stream:
             self.let_go()
             raise
 
-    async def keep_alive(self) -> None:
-        """Renew its lease in the index."""
-        with suppress(Moved):
-            await self.keep(renew=True)
-
     async def look(self) -> None:
         """Ask the engine where the prompt stands, which renews its lease there."""
         if self.state == "open":
@@ -356,21 +338,19 @@ class Stream:
 
     def fail(self, error: GatewayError) -> None:
         """No engine goes on with it. Whoever waits for the answer gets an error event."""
-        if self.state in ALIVE:
+        if not self.ended:
             self.error = error
             self._end("failed")
-            self._events.put_nowait(
-                ErrorEvent(error={"message": error.message, "code": error.code})
-            )
+            self._answering.break_off(error)
 
     def let_go(self) -> None:
         """Another replica holds it now: leave it alone, also at the engine."""
-        if self.state in ALIVE:
+        if not self.ended:
             logger.warning("stream %s is held by another replica now", self.id)
             self._end("moved")
             self._moved(self)
             self.error = EngineFailed("another replica holds the stream")
-            self._events.put_nowait(ErrorEvent(error={"message": self.error.message}))
+            self._answering.break_off(self.error)
         elif self.state != "moved":  # it has ended here, but not there
             self.state = "moved"
             self._moved(self)
@@ -394,8 +374,7 @@ class Stream:
         await self._ended_tasks()
         if self.state != "finishing":
             return
-        self.state, self._finishing, self._begun = "open", None, False
-        self._events = asyncio.Queue()
+        self.state, self._answering = "open", Answering(self._metrics)
         self.touched_s = time.monotonic()
         self.line.begin_anew()
         self._start()
@@ -409,10 +388,10 @@ class Stream:
         Raises:
             Moved: another replica holds the stream, and goes on with it.
         """
-        if self.state not in ALIVE:
+        if self.ended:
             return
         await self.keep(renew=True)
-        if self.state not in ALIVE:
+        if self.ended:
             return
         engine, prompt_id = self.line.engine, self.line.prompt_id
         self._end(state)
@@ -451,9 +430,9 @@ class Stream:
 
     def engine_lost(self) -> None:
         """Its engine is gone, with all that it had of the prompt: begin again on another."""
-        if self.state == "finishing" and self._begun:
+        if self.state == "finishing" and self._answering.begun:
             self.fail(EngineFailed("the engine of this stream died"))
-        elif self.state in ALIVE:
+        elif not self.ended:
             for task in (self._pump_task, self._answer_task):
                 if task is not None:
                     task.cancel()
@@ -487,16 +466,13 @@ class Stream:
 
     async def _answer(self) -> None:
         """Close the prompt at the engine and pass its events on."""
-        assert self._finishing is not None
-        sampling, finished_s = self._finishing
+        sampling = self._answering.sampling
+        assert sampling is not None
         self._changed.set()  # a pump that waits for input sees that there is no more
         answer = self.line.answer(self.prompt.open_tokens, self.prompt.tail, sampling)
         with self._failing():
             async with aclosing(answer) as events:
                 async for event in events:
-                    if not self._begun and isinstance(event, TokenEvent):
-                        self._metrics.ttft.observe(time.monotonic() - finished_s)
-                    self._begun = True
                     self._pass_on(event)
 
     @contextmanager
@@ -515,15 +491,10 @@ class Stream:
             self.fail(GatewayError("the gateway failed"))
 
     def _pass_on(self, event: Event) -> None:
-        match event:
-            case DoneEvent():
-                self._metrics.prompt_tokens.inc(event.prompt_tokens)
-                self._metrics.cached_tokens.inc(event.cached_tokens)
-                self._metrics.completion_tokens.inc(event.completion_tokens)
-                self._end("done")
-            case ErrorEvent():
-                self.fail(from_engine(EngineError.from_json(event.error)))
-                return
-            case TokenEvent():
-                self.touched_s = time.monotonic()
-        self._events.put_nowait(event)
+        if isinstance(event, ErrorEvent):
+            self.fail(from_engine(EngineError.from_json(event.error)))
+            return
+        self.touched_s = time.monotonic()
+        self._answering.put(event)
+        if isinstance(event, DoneEvent):
+            self._end("done")

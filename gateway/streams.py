@@ -169,4 +169,5 @@ class Streams:
 
     async def _renew(self, stream: Stream) -> None:
         async with self._renewing:
-            await stream.keep_alive()
+            with suppress(Moved):
+                await stream.keep(renew=True)

@@ -1,0 +1,51 @@
+"""The answer of one stream, from its engine to whoever reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
+from gateway.errors import GatewayError
+from gateway.telemetry import Metrics
+
+
+class Answering:
+    """Events that wait to be read. Never more than one answer's."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.sampling: Sampling | None = None
+        """How to answer; None before the input is closed."""
+        self.begun = False
+        """The engine has given an event: the answer can't begin again."""
+        self._metrics = metrics
+        self._asked_s = 0.0
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def ask(self, sampling: Sampling) -> None:
+        """The input is closed."""
+        self.sampling, self._asked_s = sampling, time.monotonic()
+
+    def put(self, event: Event) -> None:
+        """An event of the engine, to be passed on."""
+        if isinstance(event, TokenEvent) and not self.begun:
+            self._metrics.ttft.observe(time.monotonic() - self._asked_s)
+        if isinstance(event, DoneEvent):
+            self._metrics.prompt_tokens.inc(event.prompt_tokens)
+            self._metrics.cached_tokens.inc(event.cached_tokens)
+            self._metrics.completion_tokens.inc(event.completion_tokens)
+        self.begun = True
+        self._events.put_nowait(event)
+
+    def break_off(self, error: GatewayError) -> None:
+        """Nothing follows."""
+        event = ErrorEvent(error={"message": error.message, "code": error.code})
+        self._events.put_nowait(event)
+
+    async def next_event(self, timeout_s: float) -> Event | None:
+        """The next event, or None if none comes in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._events.get()
+        except TimeoutError:
+            return None
