@@ -274,6 +274,7 @@ class Sessions:
         if session.answer is not None:
             session.answer.break_off(EngineUnavailable("the engine aborted the answer"))
         if session.answer is None or not session.answer.over:
+            await asyncio.sleep(0)  # an operation taken in this very moment is called first
             await self._core.close(session.prompt_id)
 
     # Checks.

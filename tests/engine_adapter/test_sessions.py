@@ -390,3 +390,12 @@ async def test_no_operation_is_answered_by_anything_but_its_answer_or_a_typed_er
             assert 0 < len(held) < LIMITS.max_model_len
             assert all(0 <= token < LIMITS.vocab_size for token in held)
     assert statuses <= {400, 404, 409, 503}
+
+
+async def test_a_prompt_that_is_aborted_in_the_same_moment_does_not_stay_in_the_loop(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    opened = asyncio.create_task(sessions.open("p", Open(tokens=[1, 2])))
+    await asyncio.gather(opened, sessions.abort("p"))
+    assert core.operations == ["open", "close"]
+    assert core.tokens == {}
