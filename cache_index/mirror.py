@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cache_index.event_stream import AllBlocksCleared, Batch, BlockRemoved, BlockStored, name_of
-from cache_index.index import NAME_BYTES
+from cache_index.names import packed
 
 MOST_UNTOLD = 100_000
 """Changes to remember for the index; beyond them everything is told anew."""
@@ -132,11 +132,6 @@ class Mirror:
             self.tell_whole()
         else:
             self.told(expected)
-
-
-def packed(names: Iterable[int]) -> bytes:
-    """Names one behind the other, as the index takes them."""
-    return b"".join(name.to_bytes(NAME_BYTES, "big") for name in names)
 
 
 def unpacked(names: bytes) -> Iterable[int]:

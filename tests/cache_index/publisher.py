@@ -21,7 +21,8 @@ from vllm.distributed.kv_events import (
 
 from cache_index.event_stream import Source
 from cache_index.index import IndexUnavailable, OutOfOrder
-from cache_index.mirror import Snapshot, packed, unpacked
+from cache_index.mirror import Snapshot, unpacked
+from cache_index.names import packed
 
 _numbers = itertools.count()
 

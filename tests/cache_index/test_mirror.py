@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cache_index import mirror
 from cache_index.event_stream import AllBlocksCleared, Batch, BlockRemoved, BlockStored, Event
-from cache_index.mirror import Mirror, Snapshot, packed, unpacked
+from cache_index.mirror import Mirror, Snapshot, unpacked
+from cache_index.names import packed
 
 NAME = st.integers(0, 6)
 BATCH = st.lists(st.tuples(st.sampled_from("ssssrrrrrc"), NAME), max_size=5)
