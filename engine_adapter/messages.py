@@ -29,7 +29,7 @@ of two prompts.
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -111,6 +111,9 @@ class Finish(Message, frozen=True):
     keep: int
     tokens: list[int]
     sampling: Sampling
+    hand_over: bool = False
+    """Compute the prompt and give its first token only; its KV waits for another engine, which
+    gets it by what the `DoneEvent` says."""
 
 
 class SetPolicy(Message, frozen=True):
@@ -174,6 +177,9 @@ class DoneEvent(Message, frozen=True, tag="done"):
     """Prompt tokens that were computed before `Finish` arrived, or before the answer was
     begun anew for a later version."""
     completion_tokens: int
+    kv_transfer: dict[str, Any] | None = None
+    """Where another engine finds the KV of the prompt, in the words of the engines' connector;
+    only after a `Finish` that hands over, and only if the answer goes on behind its token."""
 
 
 class ErrorEvent(Message, frozen=True, tag="error"):
@@ -258,6 +264,8 @@ class EngineInfo(Message, frozen=True):
     """Tokens that it could compute now and has not: of all prompts, open and closed."""
     kv_events: KvEvents | None = None
     """None if it publishes none, or holds KV in other than one kind of block."""
+    hands_over: bool = False
+    """Whether another engine can get the KV of its prompts (`Finish.hand_over`)."""
     lacks: list[str] = []
     """What it can't do that an engine with the plug-in can, in words."""
 

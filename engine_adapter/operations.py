@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine_adapter.messages import (
     Blocks,
@@ -16,6 +16,7 @@ from engine_adapter.messages import (
     Open,
     Progress,
     PromptTokens,
+    Sampling,
 )
 
 
@@ -58,6 +59,35 @@ class Operations(Protocol):
         self, prompt_id: str, op: Finish
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """Close the input; gives the events of the answer. Leaving the block aborts it."""
+
+    async def close(self) -> None:
+        """End what the client itself runs. Nothing is asked of it after that."""
+
+
+class Decoding(Protocol):
+    """One engine that decodes prompts which others have prefilled. Errors as of `Operations`."""
+
+    @property
+    def url(self) -> str:
+        """Where the engine's HTTP server is."""
+
+    async def info(self, *, timeout_s: float = 5.0) -> EngineInfo:
+        """What the engine is and how busy it is."""
+
+    def answer(
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        *,
+        kv_transfer: Mapping[str, Any] | None,
+        request_id: str,
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """The answer to a whole prompt, from its first token on. Leaving the block aborts it.
+
+        Args:
+            kv_transfer: where the KV of these very tokens is (`DoneEvent.kv_transfer`); None to
+                prefill them here.
+        """
 
     async def close(self) -> None:
         """End what the client itself runs. Nothing is asked of it after that."""
