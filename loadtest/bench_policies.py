@@ -42,8 +42,8 @@ from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError
 from loadtest import workload
 from loadtest.report import Cuts, machine, p50_p95_p99, slashed, vllm_version
+from loadtest.scripts import Script, most_at_once, scaled, script
 from loadtest.targets import Clock, SessionOfParts, Streamed, Target, Warmed, Whole
-from loadtest.trace import Script, most_at_once, scaled, script
 from loadtest.workload import Query
 
 POLICIES = ("default", "fcfs", "lcas", "mcps", "srpf")

@@ -22,7 +22,7 @@ from engine_adapter.errors import EngineError, UnknownPrompt, VersionConflict
 from engine_adapter.messages import ErrorEvent, Extend, Finish, Open, Sampling, TokenEvent
 from engine_adapter.operations import Operations
 from engine_adapter.plain_client import PlainClient
-from loadtest.trace import Script, common
+from loadtest.scripts import Script, common
 
 LEASE_S = 600.0
 

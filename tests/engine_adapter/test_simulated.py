@@ -9,7 +9,8 @@ pytest.importorskip("vllm")
 from engine_adapter.scheduling.policies import POLICIES
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.simulated.hardware import H100X2, LLAMA_3_1_8B
-from loadtest.bench_sim import WAITING, Case, run
+from loadtest.bench_sim import run
+from loadtest.simulation import WAITING, Case
 
 
 def test_kv_and_arithmetic_of_a_known_model() -> None:

@@ -35,8 +35,8 @@ from loadtest.bench_policies import (
     row_of,
 )
 from loadtest.report import p50_p95_p99
+from loadtest.scripts import Script
 from loadtest.targets import Clock
-from loadtest.trace import Script
 
 STEP = (
     "(APIServer pid=1) INFO 11-24 09:17:19 [loggers.py:199] Engine 000: Iteration(45): 2 context "

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from loadtest.trace import (
+from loadtest.scripts import (
     VOCABULARY,
     TokensOf,
     common,
