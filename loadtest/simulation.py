@@ -74,8 +74,8 @@ def play(case: Case) -> Played:
     Raises:
         RuntimeError: some queries are never answered.
     """
-    begun_s = time.perf_counter()
     simulation = _Simulation(case)
+    begun_s = time.perf_counter()
     simulation.run()
     engine = simulation.engine
     ttft_s, oracle_s = simulation.ttft_s, simulation.oracle_s
@@ -119,7 +119,7 @@ class _Simulation:
         self.oracle_s: dict[str, float] = {}
         self._asked_s: dict[str, float] = {}
         self._states = {name: contexts(q, consecutive) for name, q in self.queries.items()}
-        self.recorder = Recorder(_middle(trace, case.recorded))
+        self.recorder = Recorder(_middle(trace, case.recorded), self._computed_tokens)
 
     def run(self) -> None:
         """Deliver every input when it is due, and turn the engine's loop in between."""
@@ -143,16 +143,26 @@ class _Simulation:
 
     def _step(self) -> bool:
         """Whether the engine had anything to compute."""
-        begun_s, requests = self.engine.now_s, self.engine.scheduler.requests
-        self.recorder.before(requests)
+        begun_s = self.engine.now_s
+        self.recorder.before()
         step = self.engine.step()
         if step is None:
             return False
         now_s = self.engine.now_s
-        self.recorder.after(requests, begun_s, now_s, step.finished)
+        self.recorder.after(begun_s, now_s, step.finished)
         for name in step.finished:
             self.ttft_s[name] = now_s - self._asked_s[name]
         return True
+
+    def _computed_tokens(self, name: str) -> int | None:
+        """Of an open prompt or of one that is being answered."""
+        scheduler = self.engine.scheduler
+        if (request := scheduler.requests.get(name)) is not None:
+            return int(request.num_computed_tokens)
+        try:
+            return int(scheduler.status(name)["computed"])
+        except KeyError:
+            return None
 
     def _deliver(self, due_s: float, name: str, i: int) -> None:
         """Hand over one input; it arrives at its own time, also within a step."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from loadtest.workload import Query
 
@@ -29,41 +28,38 @@ class Line:
     """When an update made KV useless."""
 
 
-class Request(Protocol):
-    """What is read of an engine's request."""
-
-    num_computed_tokens: int
+ComputedTokens = Callable[[str], int | None]
+"""How much of a query's prompt an engine holds; None if it knows none by that name."""
 
 
 class Recorder:
     """Watches some queries from step to step of a simulated engine."""
 
-    def __init__(self, queries: Sequence[Query]) -> None:
+    def __init__(self, queries: Sequence[Query], computed_tokens: ComputedTokens) -> None:
         self._lines = {
             str(q.query_id): Line(q.query_id, tuple(q.arrival_s + g.at_s for g in q.inputs))
             for q in queries
         }
-        self._computed: dict[str, int] = {}
+        self._open = set(self._lines)
+        self._computed_tokens = computed_tokens
+        self._before: dict[str, int] = {}
 
-    def before(self, requests: Mapping[str, Request]) -> None:
+    def before(self) -> None:
         """A step begins."""
-        self._computed = self._counts(requests)
+        self._before = self._counts()
 
-    def after(
-        self, requests: Mapping[str, Request], begun_s: float, ended_s: float, finished: list[str]
-    ) -> None:
+    def after(self, begun_s: float, ended_s: float, finished: Iterable[str]) -> None:
         """It has ended. What has fewer tokens than before has lost them to others."""
-        now = self._counts(requests)
-        for name, count in self._computed.items():
-            if now.get(name, count) < count:
-                self._lines[name].preempted.append((begun_s, count - now[name]))
-        for name, count in now.items():
-            if count > self._computed.get(name, 0):
-                self._extend(name, begun_s, ended_s)
-        for name in finished:
-            if (line := self._lines.get(name)) is not None:
-                self._extend(name, begun_s, ended_s)
-                line.first_token_s = line.end_s = ended_s
+        answered = self._open.intersection(finished)
+        for name in answered:
+            self._lines[name].first_token_s = self._lines[name].end_s = ended_s
+        self._open -= answered
+        now = self._counts()
+        for name in answered | {n for n in now if now[n] > self._before.get(n, 0)}:
+            self._extend(name, begun_s, ended_s)
+        for name, count in self._before.items():
+            if (lost := count - now.get(name, count)) > 0:
+                self._lines[name].preempted.append((begun_s, lost))
 
     def invalidated(self, name: str, at_s: float, tokens: int) -> None:
         """An update took so many computed tokens."""
@@ -74,10 +70,9 @@ class Recorder:
         """All of them, in the order of arrival."""
         return tuple(self._lines.values())
 
-    def _counts(self, requests: Mapping[str, Request]) -> dict[str, int]:
-        return {
-            name: requests[name].num_computed_tokens for name in self._lines if name in requests
-        }
+    def _counts(self) -> dict[str, int]:
+        counts = {name: self._computed_tokens(name) for name in self._open}
+        return {name: count for name, count in counts.items() if count is not None}
 
     def _extend(self, name: str, begun_s: float, ended_s: float) -> None:
         """Steps one after the other are one span."""
