@@ -1,13 +1,17 @@
-"""What the benchmarks print alike: the machine, percentiles."""
+"""What the benchmarks print alike: the machine, percentiles, correlations."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
 from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 Cuts = tuple[float, float, float]
 
@@ -53,3 +57,18 @@ def p50_p95_p99(values: Collection[float]) -> Cuts:
 def slashed(values: Sequence[float] | None, digits: int) -> str:
     """Numbers for one cell of a table; an empty cell for None."""
     return "" if values is None else " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's; nan where one of the two never varies."""
+    ranks = _ranks(a), _ranks(b)
+    if min(float(np.ptp(each)) for each in ranks) == 0:
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Equal values share the mean of their ranks."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    means: NDArray[np.float64] = np.cumsum(counts) - (counts - 1) / 2
+    return means[place]

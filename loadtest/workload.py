@@ -26,6 +26,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from loadtest.report import rank_correlation
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Table = dict[str, dict[str, float]]
@@ -76,6 +78,8 @@ class Document:
 
     doc_id: int
     tokens: int
+    text: str = ""
+    """Empty where only its size is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,8 @@ class Query:
     update: bool
     inputs: tuple[Input, ...]
     question_tokens: int
+    question: str = ""
+    """Empty where only its size is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,27 +268,47 @@ def prompt_tokens(query: Query) -> int:
     return query.question_tokens + sum(document.tokens for document in documents)
 
 
+def correlations_of(queries: Sequence[Query]) -> dict[str, float]:
+    """Spearman's rank correlations between a trace's quantities; nan where one never varies.
+
+    The paper publishes none. For the crawl they are inferred: its retrieval times follow from
+    chunks and gaps, and pages make up the tokens. An ANN list has as many documents whatever the
+    number of its versions, so tokens go with nothing there.
+    """
+    chunks = [len(query.inputs) for query in queries]
+    tokens = [prompt_tokens(query) for query in queries]
+    retrieval_s = [query.inputs[-1].at_s for query in queries]
+    return {
+        "chunks, retrieval time": rank_correlation(chunks, retrieval_s),
+        "chunks, tokens": rank_correlation(chunks, tokens),
+        "tokens, retrieval time": rank_correlation(tokens, retrieval_s),
+    }
+
+
 def main() -> None:
     """Prints the table of generated traces beside the published one."""
     parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--queries", type=int, help="of each (default: as many as published)")
     parser.add_argument("--seed", type=int, default=0)
-    seed = parser.parse_args().seed
-    traces = {
-        "crawl": crawl(PUBLISHED_QUERIES["crawl"], 1.0, seed),
-        "ann": ann(PUBLISHED_QUERIES["ann"], 1.0, seed),
-    }
-    for name, trace in traces.items():
-        print(f"{name}: {len(trace)} queries, seed {seed}")
+    options = parser.parse_args()
+    for name, make in (("crawl", crawl), ("ann", ann)):
+        trace = make(options.queries or PUBLISHED_QUERIES[name], 1.0, options.seed)
+        print(f"{name}: {len(trace)} queries, seed {options.seed}")
         _print_table(statistics_of(trace), PUBLISHED[name])
+        print("  rank correlations (not published, inferred):")
+        for pair, value in correlations_of(trace).items():
+            print(f"  {pair:30}{value:12.2f}")
 
 
 def _print_table(generated: Table, published: Table) -> None:
     print(f"  {'':24}{'':6}{'generated':>12}{'published':>12}{'off':>8}")
+    off: list[float] = []
     for row, cells in published.items():
         for cell, wanted in cells.items():
             value = generated[row][cell]
-            off = f"{value / wanted - 1:+.1%}"
-            print(f"  {row:24}{cell:6}{value:12.2f}{wanted:12.2f}{off:>8}")
+            off.append(value / wanted - 1)
+            print(f"  {row:24}{cell:6}{value:12.2f}{wanted:12.2f}{off[-1]:>+8.1%}")
+    print(f"  farthest off: {max(off, key=abs):+.1%}")
 
 
 def _summary(values: Floats) -> dict[str, float]:
