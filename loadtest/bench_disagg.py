@@ -27,26 +27,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
-from deploy.local import EngineOptions, engine
-from loadtest.bench_policies import (
-    BLOCK_TOKENS,
+from deploy.local import engine
+from loadtest.bench_policies import introduce
+from loadtest.report import slashed
+from loadtest.targets import SessionOfParts, Streamed, Warmed, Whole
+from loadtest.trial import (
     GAP_FACTORS,
     SESSIONS,
+    WARMING,
     WHOLE,
     Load,
     Outcome,
     Row,
     Side,
     compared,
-    introduce,
     load_of,
     measure,
     pool_blocks,
+    stock,
 )
-from loadtest.report import slashed
-from loadtest.targets import SessionOfParts, Streamed, Warmed, Whole
 
-WARMING = "cache warming"
 PLUGIN = "srpf"
 """The policy that the plug-in has by default."""
 NAMES = {WHOLE: "wait-then-send", PLUGIN: "plug-in"}
@@ -55,18 +55,11 @@ COLUMNS = ("computed", "ends, s", "answered", "errors", "differ")
 
 def sides(options: argparse.Namespace, blocks: int) -> Iterator[list[Side]]:
     """The rows, those together that are played on one engine."""
-    stock = EngineOptions(
-        dtype="float32",
-        max_model_len=blocks * BLOCK_TOKENS,
-        kv_blocks=blocks + 1,  # one is vLLM's null block
-        max_num_batched_tokens=options.step_tokens,
-        plugin=False,
-        extra_args=("--enable-logging-iteration-details", "--max-num-seqs", "64"),
-    )
-    sessions = replace(stock, module="loadtest.stock_streaming")
-    yield [Side((WHOLE,), Whole, stock), Side((WARMING,), Warmed, stock)]
+    plain = stock(blocks, options.step_tokens)
+    sessions = replace(plain, module="loadtest.stock_streaming")
+    yield [Side((WHOLE,), Whole, plain), Side((WARMING,), Warmed, plain)]
     yield [Side((SESSIONS,), SessionOfParts, sessions)]
-    yield [Side((PLUGIN,), Streamed, replace(stock, plugin=True))]
+    yield [Side((PLUGIN,), Streamed, replace(plain, plugin=True))]
 
 
 def main() -> int:

@@ -1,5 +1,11 @@
 """Chosen workloads against chosen targets, in one run: a report with tables and pictures.
 
+- `simulated`: the scheduler that ships on a simulated 2x H100, waiting and by every policy.
+- `waiting`: stock vLLM on this machine with the small model; each prompt is sent whole.
+- `warming`: the same; one-token completions leave the growing prompt in its prefix cache.
+- `sessions`: vLLM's own `StreamingInput`.
+- `gateway`: a gateway in front of vLLM with the plug-in, by every policy.
+
 `make report`. Into the folder `--out` go `report.json` (every figure, with seeds, versions,
 machine and settings), `report.md` (tables), and the pictures.
 """
@@ -13,12 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from loadtest import simulation
+from loadtest import real, simulation
 from loadtest.plots import draw
 from loadtest.published import RATES
 from loadtest.report import processor, vllm_version
@@ -85,7 +92,10 @@ def result_of(case: Case, played: Played) -> Result:
     )
 
 
-TARGETS: dict[str, Callable[[argparse.Namespace], Iterator[Result]]] = {SIMULATED: simulated}
+TARGETS: dict[str, Callable[[argparse.Namespace], Iterator[Result]]] = {
+    SIMULATED: simulated,
+    **{name: partial(real.played, name) for name in real.SIDES},
+}
 
 
 def about_this(options: argparse.Namespace) -> dict[str, Any]:
@@ -99,6 +109,8 @@ def about_this(options: argparse.Namespace) -> dict[str, Any]:
         "vllm": vllm_version(),
         "versions": {name: version(name) for name in VERSIONS},
         "settings": settings,
+        "real": "smollm2-135m-instruct, float32, on this machine's CPU; traces scaled to "
+        f"{options.tokens} tokens a prompt; KV of 24 mean prompts over {options.memory_share}",
         "simulated": "ESTIMATED step times of Llama-3.1-8B on 2x H100, or 2x H200 with "
         f"{simulation.HOST_BYTES >> 30} GiB of host memory where delays are multiplied; steps of "
         "8192 tokens; answers of one token",
@@ -143,11 +155,20 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", type=listed(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--targets", type=listed(tuple(TARGETS)), default=list(TARGETS))
-    parser.add_argument("--sim-queries", type=int, default=300, help="of each simulated row")
-    parser.add_argument("--qps", type=rates, help="of simulated rows (default: the paper's)")
-    parser.add_argument("--delay-factor", type=float, default=1.0, help="of simulated rows")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that simulate")
     parser.add_argument("--seed", type=int, default=1)
+    sim = parser.add_argument_group("simulated rows")
+    sim.add_argument("--sim-queries", type=int, default=300, help="in each")
+    sim.add_argument("--qps", type=rates, help="queries per second (default: the paper's)")
+    sim.add_argument("--delay-factor", type=float, default=1.0, help="of times within a query")
+    sim.add_argument("--processes", type=int, default=os.cpu_count(), help="that simulate")
+    engine = parser.add_argument_group("rows of a real engine")
+    engine.add_argument("--queries", type=int, default=36, help="in each")
+    engine.add_argument("--real-qps", type=rates, help="(default: as keeps 24 prompts open)")
+    engine.add_argument("--tokens", type=int, default=288, help="of the mean prompt")
+    engine.add_argument("--answer-tokens", type=int, default=4)
+    engine.add_argument("--step-tokens", type=int, default=128)
+    engine.add_argument("--memory-share", type=int, default=1, help="4: KV for a quarter of them")
+    engine.add_argument("--patience", type=float, default=20.0, help="seconds without a step")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder")
     parser.add_argument("--redraw", action="store_true", help="tables and pictures from the JSON")
     return parser.parse_args()

@@ -66,6 +66,8 @@ class Script:
     """Tokens of the context after each input."""
     question: list[int]
     """Handed over together with the last input."""
+    query: Query | None = None
+    """What it is the script of, for targets that are told texts."""
 
     @property
     def prompt(self) -> list[int]:
@@ -73,10 +75,15 @@ class Script:
         return self.contexts[-1] + self.question
 
 
-def script(query: Query) -> Script:
-    """A query with random tokens."""
+def script(query: Query, tokens_of: TokensOf = drawn, head: Sequence[int] = ()) -> Script:
+    """What is to be handed over of a query.
+
+    Args:
+        head: tokens before the context, the same for all queries.
+    """
     due_s = tuple(query.arrival_s + given.at_s for given in query.inputs)
-    return Script(query.query_id, due_s, tuple(contexts(query, drawn)), question(query, drawn))
+    read = tuple([*head, *context] for context in contexts(query, tokens_of))
+    return Script(query.query_id, due_s, read, question(query, tokens_of), query)
 
 
 def scaled(trace: Sequence[Query], mean_prompt_tokens: int, gap_factor: float) -> list[Query]:

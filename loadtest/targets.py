@@ -3,6 +3,7 @@
 `Whole` waits for all of it, as without streaming. `Streamed` uses the plug-in's operations, and
 `Warmed` the same ones on an engine without it, whose prefix cache is warmed.
 `SessionOfParts` uses vLLM's own streaming input, through `loadtest.stock_streaming`.
+`ThroughGateway` is a user of the gateway.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import asyncio
 import json
 import time
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 import aiohttp
@@ -22,9 +24,16 @@ from engine_adapter.errors import EngineError, UnknownPrompt, VersionConflict
 from engine_adapter.messages import ErrorEvent, Extend, Finish, Open, Sampling, TokenEvent
 from engine_adapter.operations import Operations
 from engine_adapter.plain_client import PlainClient
-from loadtest.scripts import Script, common
+from loadtest.front import Front, Json, Refused, brings_token
+from loadtest.scripts import QUESTIONS, Script, common
+from loadtest.texts import Texts
+from loadtest.timeline import Moment
+from loadtest.workload import Document, Input, Query
 
 LEASE_S = 600.0
+NOT_TOLD: Mapping[int, Sequence[Moment]] = {}
+UNKNOWN_TOKEN = -1
+"""Of an answer of which only the text is told."""
 
 
 class Clock:
@@ -45,6 +54,10 @@ class Clock:
 class Target(Protocol):
     """An engine and how it is spoken to."""
 
+    @property
+    def invalidated(self) -> Mapping[int, Sequence[Moment]]:
+        """By query: when updates made computed tokens useless. Empty where nobody tells."""
+
     def answer(self, script: Script, clock: Clock) -> AsyncGenerator[list[int], None]:
         """Hand over a query's inputs when they are due; gives the tokens of its answer.
 
@@ -60,6 +73,8 @@ class Target(Protocol):
 
 class Whole:
     """The prompt in one request, when the last input is there."""
+
+    invalidated = NOT_TOLD
 
     def __init__(
         self, http: aiohttp.ClientSession, url: str, model: str, salt: str, answer_tokens: int
@@ -98,6 +113,7 @@ class Streamed:
     to stream; it is an ordinary request.
     """
 
+    invalidated = NOT_TOLD
     client: Callable[[aiohttp.ClientSession, str], Operations] = EngineClient
 
     def __init__(
@@ -202,6 +218,8 @@ class SessionOfParts:
     the whole of it; the engine's prefix cache may still have what they share.
     """
 
+    invalidated = NOT_TOLD
+
     def __init__(
         self, http: aiohttp.ClientSession, url: str, model: str, salt: str, answer_tokens: int
     ) -> None:
@@ -235,3 +253,78 @@ class SessionOfParts:
 
     async def close(self) -> None:
         """Each query has a connection of its own."""
+
+
+class ThroughGateway:
+    """By a gateway, as texts; the salt is its system message. Of an answer it learns the text."""
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        url: str,
+        model: str,
+        salt: str,
+        answer_tokens: int,
+        texts: Texts,
+    ) -> None:
+        sampling = {"max_tokens": answer_tokens, "temperature": 0, "ignore_eos": True}
+        self._front = Front(http, url, model, sampling)
+        self._salt = salt
+        self._texts = texts
+        self.invalidated: dict[int, list[Moment]] = defaultdict(list)
+
+    async def answer(self, script: Script, clock: Clock) -> AsyncGenerator[list[int], None]:
+        query = script.query
+        assert query is not None
+        await clock.until(script.due_s[0])
+        stream = await self._front.open(messages(self._salt, self._question(query)))
+        complete = False
+        try:
+            for seq, (due_s, given) in enumerate(zip(script.due_s, query.inputs, strict=True)):
+                await clock.until(due_s)
+                await self._hand_over(stream, seq, query, given, clock)
+            async with aclosing(self._front.answer(stream)) as events:
+                async for piece in _pieces(events):
+                    yield piece
+            complete = True
+        finally:
+            if not complete:
+                with suppress(Refused):
+                    await self._front.cancel(stream)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    async def _hand_over(
+        self, stream: str, seq: int, query: Query, given: Input, clock: Clock
+    ) -> None:
+        texts = [self._texts.of(document) for document in given.documents]
+        if not query.update:
+            await self._front.add(stream, seq, texts)
+            return
+        named = [
+            {"id": str(document.doc_id), "text": text}
+            for document, text in zip(given.documents, texts, strict=True)
+        ]
+        taken = await self._front.replace(stream, seq, named)
+        if taken["invalidated"]:
+            self.invalidated[query.query_id].append((clock.now_s, taken["invalidated"]))
+
+    def _question(self, query: Query) -> str:
+        return self._texts.of(Document(QUESTIONS + query.query_id, query.question_tokens))
+
+
+def messages(system: str, question: str) -> list[Json]:
+    """The conversation of a stream."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+async def _pieces(events: AsyncGenerator[Json, None]) -> AsyncGenerator[list[int], None]:
+    """As many tokens as the usage says; an event that has several gives them at the end."""
+    given = 0
+    async for event in events:
+        if brings_token(event):
+            given += 1
+            yield [UNKNOWN_TOKEN]
+        if usage := event.get("usage"):
+            yield [UNKNOWN_TOKEN] * (usage["completion_tokens"] - given)

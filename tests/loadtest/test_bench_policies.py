@@ -14,7 +14,11 @@ import aiohttp
 import pytest
 
 from engine_adapter.errors import EngineOverloaded
-from loadtest.bench_policies import (
+from loadtest.bench_policies import cells, report
+from loadtest.report import p50_p95_p99
+from loadtest.scripts import Script
+from loadtest.targets import NOT_TOLD, Clock
+from loadtest.trial import (
     BLOCK_TOKENS,
     ITERATION,
     PREEMPTIONS,
@@ -25,18 +29,13 @@ from loadtest.bench_policies import (
     Meter,
     Outcome,
     Row,
-    cells,
     compared,
     load_of,
     play,
     play_all,
     pool_blocks,
-    report,
     row_of,
 )
-from loadtest.report import p50_p95_p99
-from loadtest.scripts import Script
-from loadtest.targets import Clock
 
 STEP = (
     "(APIServer pid=1) INFO 11-24 09:17:19 [loggers.py:199] Engine 000: Iteration(45): 2 context "
@@ -124,6 +123,8 @@ def test_what_vllm_prints_is_read() -> None:
 
 class Scripted:
     """A target whose queries are answered, refused, broken off, or never answered."""
+
+    invalidated = NOT_TOLD
 
     def __init__(self, **fates: str) -> None:
         self.fates = fates

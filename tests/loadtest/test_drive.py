@@ -1,0 +1,175 @@
+"""The open-loop driver: against a gateway in this process, and one that is slow on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from gateway.app import build
+from gateway.settings import Settings
+from loadtest.drive import Mix, Seen, drive
+from loadtest.front import Front
+from loadtest.workload import Document, Input, Query
+from tests.fake_engine import MODEL, FakeEngine
+
+
+class Words:
+    """As many words as tokens."""
+
+    def of(self, document: Document) -> str:
+        return document.text or f"word{document.doc_id} " * document.tokens
+
+
+@asynccontextmanager
+async def front(url: str, model: str = MODEL) -> AsyncIterator[Front]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        yield Front(http, url, model, {"max_tokens": 3})
+
+
+async def driven(url: str, queries: list[Query], mix: Mix | None = None) -> Seen:
+    async with asyncio.timeout(20), front(url) as gateway:
+        return await drive(gateway, queries, Words(), mix or Mix())
+
+
+def chunked(query_id: int, arrival_s: float, *at_s: float) -> Query:
+    documents = [Document(10 * query_id + i, 5) for i in range(len(at_s))]
+    inputs = tuple(Input(at, (d,)) for at, d in zip(at_s, documents, strict=True))
+    return Query(query_id, arrival_s, False, inputs, 4)
+
+
+def url_of(server: TestServer) -> str:
+    return str(server.make_url("")).rstrip("/")
+
+
+@pytest_asyncio.fixture(scope="session")
+async def gateway_url(model_dir: Path) -> AsyncIterator[str]:
+    """A gateway over an engine without a model."""
+    engine = TestServer(FakeEngine().app())
+    await engine.start_server()
+    server = TestServer(build(Settings(engine=(url_of(engine),), tokenizer=str(model_dir))))
+    await server.start_server()
+    yield url_of(server)
+    await server.close()
+    await engine.close()
+
+
+async def test_streams_are_opened_fed_and_answered(gateway_url: str) -> None:
+    queries = [chunked(i, 0.01 * i, 0.0, 0.02, 0.03) for i in range(10)]
+    seen = await driven(gateway_url, queries)
+    assert (seen.answered, seen.chunks, seen.errors) == (10, 30, {})
+    assert len(seen.ttft_s) == len(seen.open_s) == 10
+    assert len(seen.chunk_ack_s) == 30
+    assert min(seen.ttft_s) > 0
+    assert seen.answer_tokens > 0
+    assert seen.tokens_invalidated == 0
+
+
+async def test_a_list_that_changes_at_its_front_invalidates(gateway_url: str) -> None:
+    a, b, c = (Document(i, 30) for i in (1, 2, 3))
+    lists = Input(0.0, (a, b)), Input(0.05, (c, b)), Input(0.1, (c, b, a))
+    seen = await driven(gateway_url, [Query(0, 0.0, True, lists, 5)])
+    assert (seen.answered, seen.chunks, seen.errors) == (1, 3, {})
+    assert seen.tokens_invalidated > 60
+
+
+async def test_streams_that_are_given_up_are_counted(gateway_url: str) -> None:
+    seen = await driven(gateway_url, [chunked(i, 0.0, 0.0, 0.02) for i in range(30)], Mix(cancel=1))
+    assert (seen.cancelled, seen.answered, seen.errors) == (30, 0, {})
+
+
+async def test_what_a_gateway_refuses_is_an_error_by_its_code(gateway_url: str) -> None:
+    async with front(gateway_url, "nobody") as gateway:
+        seen = await drive(gateway, [chunked(0, 0.0, 0.0)], Words(), Mix())
+    assert seen.errors == {"model_not_found": 1}
+
+
+async def test_a_gateway_that_is_not_there_is_an_error(unused_tcp_port: int) -> None:
+    seen = await driven(f"http://127.0.0.1:{unused_tcp_port}", [chunked(0, 0.0, 0.0)])
+    assert sum(seen.errors.values()) == 1
+    assert seen.figures()["ttft_s"] is None
+
+
+@dataclass
+class Slow:
+    """A gateway that serves one chunk after the other, each for some time."""
+
+    service_s: float
+    opened_s: list[float] = field(default_factory=list)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def open(self, request: web.Request) -> web.Response:
+        self.opened_s.append(time.perf_counter())
+        return web.json_response({"id": f"s{len(self.opened_s)}"}, status=201)
+
+    async def chunk(self, request: web.Request) -> web.Response:
+        async with self.lock:
+            await asyncio.sleep(self.service_s)
+        return web.json_response({"tokens": 5}, status=202)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for delta in ({"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}):
+            event = {"choices": [{"delta": delta}]}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_post("/v1/streams", self.open)
+        app.router.add_post("/v1/streams/{id}/chunks", self.chunk)
+        app.router.add_post("/v1/streams/{id}/finish", self.answer)
+        app.router.add_post("/v1/chat/completions", self.answer)
+        return app
+
+
+@asynccontextmanager
+async def served(slow: Slow) -> AsyncIterator[str]:
+    server = TestServer(slow.app())
+    await server.start_server()
+    yield url_of(server)
+    await server.close()
+
+
+async def test_a_slow_gateway_neither_slows_the_load_nor_hides_its_queue() -> None:
+    """50 arrivals in half a second, of which a gateway serves one in 40 ms: the last waits 1.5 s.
+
+    A driver that waits for its answers (coordinated omission) would see 40 ms each.
+    """
+    slow, gap_s = Slow(service_s=0.04), 0.01
+    async with served(slow) as url:
+        seen = await driven(url, [chunked(i, gap_s * i, 0.0) for i in range(50)])
+    assert seen.errors == {}
+    arrivals = [at_s - slow.opened_s[0] for at_s in slow.opened_s]
+    assert arrivals[-1] < 1.0  # 0.49 s; two seconds if the load had been slowed
+    waits_s = sorted(seen.chunk_ack_s)
+    assert waits_s[-1] > 50 * 0.04 - 0.5
+    assert statistics.median(waits_s) > 0.6
+    assert min(seen.ttft_s) >= min(seen.chunk_ack_s)  # from when it was due, the queue included
+
+
+async def test_plain_chat_is_sent_whole_when_its_retrieval_ends() -> None:
+    async with served(Slow(0.0)) as url:
+        seen = await driven(url, [chunked(i, 0.0, 0.0, 0.05) for i in range(4)], Mix(chat=1))
+    assert (seen.answered, seen.chunks, len(seen.chat_ttft_s), seen.ttft_s) == (4, 0, 4, [])
+    assert len(seen.between_tokens_s) == 4
+
+
+async def test_hundreds_of_streams_are_open_at_once() -> None:
+    slow = Slow(0.0)
+    async with served(slow) as url:
+        seen = await driven(url, [chunked(i, 0.001 * i, 0.0, 1.0) for i in range(300)])
+    assert (seen.answered, seen.errors) == (300, {})
+    assert seen.open_at_once == 300
