@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
-bench-sim bench-plan: export VLLM_LOGGING_LEVEL := ERROR
+bench-sim bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-disagg \
-    bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval clean
+    bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -87,6 +87,12 @@ bench-ann: $(READY) ## progressive search of 100,000 passages, and what ordering
 
 bench-retrieval: model ## crawls and rankings by the gateway, through a real engine: tokens wasted, TTFT
 	@$(BIN)/python -m loadtest.bench_retrieval
+
+workload: $(READY) ## 20,000 synthetic queries of each workload beside the published statistics
+	@$(BIN)/python -m loadtest.workload --queries 20000
+
+report: model ## workloads against targets: tables and pictures in report/; OPTIONS="--targets simulated"
+	@$(BIN)/python -m loadtest.compare $(OPTIONS)
 
 clean: ## remove what set-up has made
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from loadtest.published import SPEEDUPS, TTFT_S
 from loadtest.report import Cuts, p50_p95_p99, slashed
@@ -71,27 +72,30 @@ def grouped(results: Iterable[Result]) -> dict[tuple[str, str, float, float], li
     return groups
 
 
+class _File(msgspec.Struct):
+    about: dict[str, Any]
+    summary: list[dict[str, Any]]
+    """For readers of the file; all of it follows from the results."""
+    results: list[Result]
+
+
 def save(path: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
     """Write all of it as one JSON object."""
-    body = {"about": dict(about), "results": [_plain(result) for result in results]}
-    path.write_text(json.dumps(body) + "\n")
+    summary = [
+        {"load": r.title, "target": r.target, "ttft_p50_p95_p99_s": r.cuts_s, "errors": r.errors}
+        for r in results
+    ]
+    path.write_bytes(msgspec.json.encode(_File(dict(about), summary, list(results))) + b"\n")
 
 
 def load(path: Path) -> tuple[list[Result], dict[str, Any]]:
-    """What `save` has written."""
-    body = json.loads(path.read_text())
-    return [_result(each) for each in body["results"]], body["about"]
+    """What `save` has written.
 
-
-def _plain(result: Result) -> dict[str, Any]:
-    cuts = result.cuts_s
-    return asdict(result) | {"ttft_p50_p95_p99_s": cuts}
-
-
-def _result(plain: Mapping[str, Any]) -> Result:
-    fields = {name: value for name, value in plain.items() if name != "ttft_p50_p95_p99_s"}
-    lines = tuple(Line(**line) for line in fields.pop("lines"))
-    return Result(**fields | {"ttft_s": tuple(fields["ttft_s"])}, lines=lines)
+    Raises:
+        msgspec.MsgspecError: it is something else.
+    """
+    file = msgspec.json.decode(path.read_bytes(), type=_File)
+    return file.results, file.about
 
 
 HEAD = (

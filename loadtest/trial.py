@@ -290,6 +290,14 @@ async def closed(target: Target) -> AsyncIterator[Target]:
         await target.close()
 
 
+def _at_once(script: Script) -> Script:
+    """A script with all there is in its only input."""
+    query = script.query
+    if query is not None:
+        query = replace(query, inputs=query.inputs[-1:])
+    return replace(script, due_s=(0.0,), contexts=script.contexts[-1:], query=query)
+
+
 NewTarget = Callable[[aiohttp.ClientSession, str, str, str, int], Target]
 """From a session, a server's URL, the model's name, a salt, and tokens of an answer."""
 
@@ -340,11 +348,8 @@ async def measure(
             name = side.options.served_name
             return side.target(http, (front or server).url, name, salt, options.answer_tokens)
 
-        warm = replace(
-            loads[0].scripts[0], due_s=(0.0,), contexts=loads[0].scripts[0].contexts[-1:]
-        )
         async with closed(target("warm")) as warming:
-            await play(warming, warm, Clock(), options.answer_tokens)
+            await play(warming, _at_once(loads[0].scripts[0]), Clock(), options.answer_tokens)
         meter = Meter(server, http, side.plugin)
         for load in loads:
             for name in side.rows:

@@ -9,19 +9,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import aiohttp
-import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from gateway.app import build
-from gateway.settings import Settings
 from loadtest.drive import Mix, Seen, drive
 from loadtest.front import Front
 from loadtest.workload import Document, Input, Query
-from tests.fake_engine import MODEL, FakeEngine
+from tests.fake_engine import MODEL
+from tests.loadtest.conftest import url_of
 
 
 class Words:
@@ -46,22 +43,6 @@ def chunked(query_id: int, arrival_s: float, *at_s: float) -> Query:
     documents = [Document(10 * query_id + i, 5) for i in range(len(at_s))]
     inputs = tuple(Input(at, (d,)) for at, d in zip(at_s, documents, strict=True))
     return Query(query_id, arrival_s, False, inputs, 4)
-
-
-def url_of(server: TestServer) -> str:
-    return str(server.make_url("")).rstrip("/")
-
-
-@pytest_asyncio.fixture(scope="session")
-async def gateway_url(model_dir: Path) -> AsyncIterator[str]:
-    """A gateway over an engine without a model."""
-    engine = TestServer(FakeEngine().app())
-    await engine.start_server()
-    server = TestServer(build(Settings(engine=(url_of(engine),), tokenizer=str(model_dir))))
-    await server.start_server()
-    yield url_of(server)
-    await server.close()
-    await engine.close()
 
 
 async def test_streams_are_opened_fed_and_answered(gateway_url: str) -> None:
