@@ -104,10 +104,8 @@ def against_qps(results: Sequence[Result]) -> Figure:
 
 
 def gantt(results: Sequence[Result]) -> Figure:
-    """The same streams on two targets, one above the other: without streaming, and the last."""
-    shown = [r for r in results if r.target == BASE][:1] + [r for r in results if r.target != BASE][
-        -1:
-    ]
+    """The same streams on several targets, one above the other; see `_shown`."""
+    shown = _shown(results)
     height = 1.6 + 0.2 * sum(min(len(r.lines), STREAMS_SHOWN) for r in shown)
     figure = Figure(figsize=(13, height), layout="constrained")
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -120,6 +118,18 @@ def gantt(results: Sequence[Result]) -> Figure:
     )
     figure.legend(handles=_gantt_keys(), loc="outside lower center", ncols=7, frameon=False)
     return figure
+
+
+def _shown(results: Sequence[Result]) -> list[Result]:
+    """Without streaming, the last target, and of the others the one that preempted most, if any."""
+    others = [r for r in results if r.target != BASE]
+    most = max(others[:-1], key=_preempted, default=None)
+    between = [most] if most is not None and _preempted(most) else []
+    return [r for r in results if r.target == BASE][:1] + between + others[-1:]
+
+
+def _preempted(result: Result) -> int:
+    return sum(len(line.preempted) for line in result.lines[:STREAMS_SHOWN])
 
 
 def _gantt_of(ax: Axes, lines: Sequence[Line]) -> None:
