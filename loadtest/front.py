@@ -88,11 +88,16 @@ class Front:
 
 
 def brings_token(event: Json) -> bool:
-    """Whether an event of an answer has a piece of it, be its text empty."""
-    return any(
-        "role" not in choice["delta"] and choice["delta"].get("content") is not None
-        for choice in event["choices"]
-    )
+    """Whether an event of an answer has a piece of it.
+
+    The one that opens an answer names the role and has no text. A later one may have no text
+    either, where a token is part of a character.
+    """
+    return any(_is_piece(choice["delta"]) for choice in event["choices"])
+
+
+def _is_piece(delta: Json) -> bool:
+    return bool(delta.get("content")) or ("content" in delta and "role" not in delta)
 
 
 async def _checked(response: aiohttp.ClientResponse) -> Json:

@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from loadtest.drive import Mix, Seen, drive
-from loadtest.front import Front
+from loadtest.front import Front, brings_token
 from loadtest.workload import Document, Input, Query
 from tests.fake_engine import MODEL
 from tests.loadtest.conftest import url_of
@@ -139,6 +139,16 @@ async def test_a_slow_gateway_neither_slows_the_load_nor_hides_its_queue() -> No
     assert waits_s[-1] > 50 * 0.04 - 0.5
     assert statistics.median(waits_s) > 0.6
     assert min(seen.ttft_s) >= min(seen.chunk_ack_s)  # from when it was due, the queue included
+
+
+def test_which_events_bring_tokens() -> None:
+    deltas: list[dict[str, str]] = [
+        {"role": "assistant", "content": ""}, {"content": "a"}, {"content": ""},
+        {"role": "assistant", "content": "b"}, {},
+    ]  # fmt: skip
+    found = [brings_token({"choices": [{"delta": delta}]}) for delta in deltas]
+    assert found == [False, True, True, True, False]
+    assert not brings_token({"choices": []})
 
 
 async def test_plain_chat_is_sent_whole_when_its_retrieval_ends() -> None:
