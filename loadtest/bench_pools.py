@@ -150,8 +150,8 @@ def beside(rng: random.Random) -> list[Query]:
 
 def words(rng: random.Random, n: int) -> str:
     """Words that nobody has written before."""
-    word = lambda: rng.choice("bcdfgl") + rng.choice("aeiou") + rng.choice("mnrst")  # noqa: E731
-    return " ".join(word() for _ in range(n))
+    letters = ("bcdfgl", "aeiou", "mnrst")
+    return " ".join("".join(map(rng.choice, letters)) for _ in range(n))
 
 
 async def play(
