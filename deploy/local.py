@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Protocol, Self
+from typing import IO, Protocol, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -278,10 +278,6 @@ class EngineOptions:
     """False for vLLM alone, without a plug-in of any kind."""
     module: str = "vllm.entrypoints.openai.api_server"
     """The server to run, which takes vLLM's flags and answers on `/health`."""
-    kv_transfer: Literal["producer", "consumer"] | None = None
-    """Hand the KV of prompts over to another engine, or take it, by vLLM's NixlConnector."""
-    kv_lease_s: int = 30
-    """How long KV waits for the other engine without a word of it."""
     debug_checks: bool = False
     """Let the plug-in verify its own state at every step (slower)."""
     extra_args: tuple[str, ...] = ()
@@ -322,12 +318,6 @@ def engine(options: EngineOptions | None = None) -> Server:
         command += ["--additional-config", json.dumps(settings)]
     if options.kv_events:
         command += ["--kv-events-config", json.dumps(_kv_events(port))]
-    if options.kv_transfer is not None:
-        command += ["--kv-transfer-config", json.dumps(_kv_transfer(options, on_cpu))]
-        env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
-        env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
-        if on_cpu:
-            env["UCX_TLS"] = "tcp,shm,self"
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
 
@@ -340,15 +330,6 @@ def _kv_events(port: int) -> dict[str, object]:
         "enable_kv_cache_events": True,
         "endpoint": f"{place}-events",
         "replay_endpoint": f"{place}-replay",
-    }
-
-
-def _kv_transfer(options: EngineOptions, on_cpu: bool) -> dict[str, object]:
-    return {
-        "kv_connector": "NixlConnector",
-        "kv_role": f"kv_{options.kv_transfer}",
-        "kv_connector_extra_config": {"kv_lease_duration": options.kv_lease_s},
-        **({"kv_buffer_device": "cpu"} if on_cpu else {}),
     }
 
 

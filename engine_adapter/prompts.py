@@ -17,7 +17,6 @@ from engine_adapter.errors import BadOperation
 from engine_adapter.messages import (
     PROTOCOL_VERSION,
     Blocks,
-    DoneEvent,
     EngineInfo,
     Event,
     Finish,
@@ -44,10 +43,6 @@ P = TypeVar("P")
 class Engine(Core, Protocol[P]):
     """What the operations need of an engine besides its loop."""
 
-    @property
-    def hands_over(self) -> bool:
-        """Whether another engine can get the KV of its prompts."""
-
     def load(self) -> Awaitable[Status]:
         """Policy, hardware, and how busy the engine is, named as in `EngineInfo`."""
 
@@ -64,15 +59,12 @@ class Engine(Core, Protocol[P]):
     def set_policy(self, policy: str) -> Awaitable[None]:
         """Order by another policy from the next step on."""
 
-    def sampling_params(
-        self, sampling: Sampling, prompt_id: str, version: int, room: int, hand_over: bool
-    ) -> P:
+    def sampling_params(self, sampling: Sampling, prompt_id: str, version: int, room: int) -> P:
         """The engine's form of a `Sampling`.
 
         Args:
             prompt_id, version: what is answered.
             room: tokens that the answer may have at most.
-            hand_over: as of `Finish`.
 
         Raises:
             BadOperation: the engine refuses a value.
@@ -119,7 +111,6 @@ class StreamingPrompts(Generic[P]):
         while True:
             await asyncio.sleep(LEASE_SWEEP_S)
             await self.sessions.expire(time.monotonic())
-            await self.sessions.look_after_handed_over()
 
     async def stop(self) -> None:
         """End what `start` has begun."""
@@ -143,7 +134,6 @@ class StreamingPrompts(Generic[P]):
             block_size=self._block_size,
             policies=list(POLICIES),
             kv_events=KvEvents(**self._kv_events) if self._kv_events else None,
-            hands_over=self.engine.hands_over,
             **load,
         )
 
@@ -180,19 +170,17 @@ class StreamingPrompts(Generic[P]):
         Raises:
             EngineError: the operation is not valid; the prompt stays as it was.
         """
-        if op.hand_over and not self.engine.hands_over:
-            raise BadOperation("this engine has no connector by which it could hand over")
-        self._params(prompt_id, op.version, op.keep + len(op.tokens), op)
+        self._params(prompt_id, op.version, op.keep + len(op.tokens), op.sampling)
         session, answer = self.sessions.finish(prompt_id, op)
-        return self._events(session, answer, op)
+        return self._events(session, answer, op.sampling)
 
     async def _events(
-        self, session: Session, answer: Answer, op: Finish
+        self, session: Session, answer: Answer, sampling: Sampling
     ) -> AsyncGenerator[Event, None]:
         prompt_id, salt = session.prompt_id, session.cache_salt
 
         def generate(version: int, tokens: list[int]) -> AsyncGenerator[Event, None]:
-            params = self._params(prompt_id, version, len(tokens), op)
+            params = self._params(prompt_id, version, len(tokens), sampling)
             request_id = f"{prompt_id}-answer-{next(self._numbers)}"
             self._answers[prompt_id] = request_id
             return self.engine.answer(prompt_id, tokens, salt, params, request_id)
@@ -200,18 +188,16 @@ class StreamingPrompts(Generic[P]):
         try:
             async with aclosing(answer.events(generate)) as events:
                 async for event in events:
-                    session.handed_over = isinstance(event, DoneEvent) and bool(event.kv_transfer)
                     yield event
         finally:
             self._answers.pop(prompt_id, None)
             self.sessions.answered(session, answer)
             # The engine may not have taken the request in: then the prompt is still open there.
-            if not session.handed_over:
-                await asyncio.shield(self.engine.close(prompt_id))
+            await asyncio.shield(self.engine.close(prompt_id))
 
-    def _params(self, prompt_id: str, version: int, length: int, op: Finish) -> P:
+    def _params(self, prompt_id: str, version: int, length: int, sampling: Sampling) -> P:
         room = max(self._limits.max_model_len - length, 1)
-        return self.engine.sampling_params(op.sampling, prompt_id, version, room, op.hand_over)
+        return self.engine.sampling_params(sampling, prompt_id, version, room)
 
     async def abort(self, prompt_id: str) -> Progress:
         """Forget a prompt, also while it is being answered."""

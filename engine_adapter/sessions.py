@@ -40,9 +40,6 @@ MAX_LEASE_S = 3600.0
 
 DEFAULT_OPEN_PROMPTS = 1024
 
-WORD_S = 0.2
-"""Longest wait for the word that KV was fetched, which an idle engine hears in its next step."""
-
 
 class Core(Protocol):
     """What the sessions need of an engine's loop. Calls take effect in the order made."""
@@ -62,9 +59,6 @@ class Core(Protocol):
 
     def status(self, prompt_id: str) -> Awaitable[Status]:
         """State of a prompt."""
-
-    def handed_over(self, prompt_id: str) -> Awaitable[Status]:
-        """`state` of the KV of a prompt that another engine is to fetch; empty once forgotten."""
 
     def close(self, prompt_id: str) -> Awaitable[Status]:
         """Forget a prompt."""
@@ -98,8 +92,6 @@ class Session:
     """What the newest `open` or `extend` is answered with."""
     newest: Extend | None = field(default=None, repr=False)
     """The operation that made this version, if that was no `open` or `finish`."""
-    handed_over: bool = False
-    """Its answer goes on at another engine, which fetches the KV."""
 
     @property
     def finished(self) -> bool:
@@ -230,28 +222,11 @@ class Sessions:
             UnknownPrompt
         """
         session = self._get(prompt_id)
-        if session.handed_over:
-            return self._progress(session, await self._fetched(session))
         if session.finished:
             return self._progress(
                 session, {"state": "finishing", "length": len(session.tokens), "computed": 0}
             )
         return self._progress(session, await self._core.status(prompt_id))
-
-    async def _fetched(self, session: Session) -> Status:
-        """What has become of handed-over KV. The other engine's word may be on its way."""
-        deadline_s = time.monotonic() + WORD_S
-        while True:
-            found = await self._core.handed_over(session.prompt_id)
-            state = found.get("state", "expired")
-            if state != "handed_over" or time.monotonic() > deadline_s:
-                return {"state": state, "length": len(session.read or ()), "computed": 0}
-            await asyncio.sleep(WORD_S / 20)
-
-    async def look_after_handed_over(self) -> None:
-        """Let an idle engine hear whose KV was fetched, and give it back."""
-        waiting = [s for s in self._sessions.values() if s.handed_over]
-        await asyncio.gather(*(self._core.handed_over(s.prompt_id) for s in waiting))
 
     async def tokens(self, prompt_id: str) -> PromptTokens:
         """What the engine has of a prompt; renews its lease.
@@ -279,8 +254,7 @@ class Sessions:
     async def expire(self, now_s: float) -> list[str]:
         """Free the prompts whose lease has run out, and say which.
 
-        While somebody reads its answer, a prompt stays; so does one whose KV waits for another
-        engine, which has a lease of its own.
+        While somebody reads its answer, a prompt stays.
 
         Args:
             now_s: a `time.monotonic` value.
@@ -290,13 +264,8 @@ class Sessions:
             for s in self._sessions.values()
             if s.expires_s <= now_s and not (s.answer is not None and s.answer.streaming)
         ]
-        late = [s for s in late if not (s.handed_over and await self._still_waits(s))]
         await asyncio.gather(*(self._free(session) for session in late))
         return [s.prompt_id for s in late]
-
-    async def _still_waits(self, session: Session) -> bool:
-        found = await self._core.handed_over(session.prompt_id)
-        return found.get("state") == "handed_over"
 
     async def _free(self, session: Session) -> None:
         """Forget a session, and let the engine's loop forget what it may have of the prompt."""
@@ -304,7 +273,7 @@ class Sessions:
             del self._sessions[session.prompt_id]
         if session.answer is not None:
             session.answer.break_off(EngineUnavailable("the engine aborted the answer"))
-        if session.answer is None or not session.answer.over or session.handed_over:
+        if session.answer is None or not session.answer.over:
             await asyncio.sleep(0)  # an operation taken in this very moment is called first
             await self._core.close(session.prompt_id)
 

@@ -66,8 +66,6 @@ class _Prompt:
 class Warming:
     """The loop that `StreamingPrompts` expects of an engine, for a server without one."""
 
-    hands_over = False
-
     def __init__(self, server: PlainServer, identity: Identity, load: Load) -> None:
         self._server = server
         self._model = identity.model
@@ -116,10 +114,6 @@ class Warming:
     async def status(self, prompt_id: str) -> Status:
         """State of a prompt."""
         return _status(self._get(prompt_id))
-
-    async def handed_over(self, prompt_id: str) -> Status:
-        """What has become of handed-over KV: there never is any."""
-        return {}
 
     async def close(self, prompt_id: str) -> Status:
         """Forget a prompt."""
@@ -176,9 +170,7 @@ class Warming:
 
     # Answering.
 
-    def sampling_params(
-        self, sampling: Sampling, prompt_id: str, version: int, room: int, hand_over: bool
-    ) -> Json:
+    def sampling_params(self, sampling: Sampling, prompt_id: str, version: int, room: int) -> Json:
         """The server's form of a `Sampling`, of which it says itself what it refuses."""
         return completions.streamed(sampling, room)
 

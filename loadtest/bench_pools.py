@@ -111,8 +111,8 @@ def start_one(running: ExitStack) -> Server:
 
 def start_pools(running: ExitStack) -> Server:
     """A gateway before two engines that prefill and one that decodes."""
-    prefill = EngineOptions(dtype="float32", cores="0", kv_transfer="producer")
-    decode = EngineOptions(dtype="float32", cores="1", kv_transfer="consumer", plugin=False)
+    prefill = EngineOptions(dtype="float32", cores="0", kv_role="kv_producer")
+    decode = EngineOptions(dtype="float32", cores="1", kv_role="kv_consumer", plugin=False)
     servers = [
         running.enter_context(engine(options)).start() for options in (prefill, prefill, decode)
     ]

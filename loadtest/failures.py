@@ -117,12 +117,12 @@ class Bed:
 
 def handing_over() -> EngineOptions:
     """A prefill engine."""
-    return EngineOptions(dtype="float32", plugin=True, kv_transfer="producer", kv_lease_s=LEASE_S)
+    return EngineOptions(dtype="float32", plugin=True, kv_role="kv_producer", kv_lease_s=LEASE_S)
 
 
 def taking_over() -> EngineOptions:
     """A decode engine."""
-    return EngineOptions(dtype="float32", plugin=False, kv_transfer="consumer")
+    return EngineOptions(dtype="float32", plugin=False, kv_role="kv_consumer")
 
 
 def queries(rng: random.Random, n: int) -> list[Query]:

@@ -34,8 +34,6 @@ Call = Callable[[], Mapping[str, Any] | None]
 class RealTimeEngine:
     """The `Engine` of `StreamingPrompts` on a simulated one. For one event loop."""
 
-    hands_over = False
-
     def __init__(self, engine: SimulatedEngine, speed: float = 1.0) -> None:
         """
         Args:
@@ -129,10 +127,6 @@ class RealTimeEngine:
     def close(self, prompt_id: str) -> asyncio.Future[Status]:
         return self._call(lambda: self._engine.scheduler.close_prompt(prompt_id))
 
-    def handed_over(self, prompt_id: str) -> asyncio.Future[Status]:
-        """What has become of handed-over KV: there never is any."""
-        return self._call(lambda: self._engine.scheduler.handed_over(prompt_id))
-
     def load(self) -> asyncio.Future[Status]:
         """How busy the engine is; see `StreamScheduler.load`."""
         return self._call(self._engine.scheduler.load)
@@ -152,7 +146,7 @@ class RealTimeEngine:
     # Answers.
 
     def sampling_params(
-        self, sampling: Sampling, prompt_id: str, version: int, room: int, hand_over: bool
+        self, sampling: Sampling, prompt_id: str, version: int, room: int
     ) -> SamplingParams:
         """What vLLM would take. Of all values only `max_tokens` has an effect here."""
         return sampling_params(sampling, prompt_id, version, room, DEFAULTS)

@@ -25,8 +25,7 @@ from engine_adapter.messages import (
     TokenLogprob,
 )
 from engine_adapter.sessions import Status
-from engine_adapter.vllm.handed_over import can_hand_over
-from engine_adapter.vllm.sampling import first_token_only, sampling_params
+from engine_adapter.vllm.sampling import sampling_params
 from engine_adapter.vllm.scheduler import StreamScheduler
 
 if TYPE_CHECKING:
@@ -80,8 +79,6 @@ def _apply(
             return {}
         case "status":
             return scheduler.status(**arguments)
-        case "handed_over":
-            return scheduler.handed_over(**arguments)
         case "load":
             return scheduler.load()
         case "kv_events":
@@ -103,8 +100,6 @@ class VllmEngine:
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
         self._defaults: dict[str, Any] = llm.model_config.get_diff_sampling_param()
-        self.hands_over = can_hand_over(llm.vllm_config)
-        """Whether another engine can get the KV of its prompts."""
 
     async def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None) -> Status:
         return await self._call(
@@ -124,9 +119,6 @@ class VllmEngine:
 
     async def close(self, prompt_id: str) -> Status:
         return await self._call("close", {"prompt_id": prompt_id})
-
-    async def handed_over(self, prompt_id: str) -> Status:
-        return await self._call("handed_over", {"prompt_id": prompt_id})
 
     async def load(self) -> Status:
         """How busy the engine is; see `StreamScheduler.load`."""
@@ -158,11 +150,10 @@ class VllmEngine:
         return result
 
     def sampling_params(
-        self, sampling: Sampling, prompt_id: str, version: int, room: int, hand_over: bool
+        self, sampling: Sampling, prompt_id: str, version: int, room: int
     ) -> SamplingParams:
         """vLLM's form of a `Sampling`; what it leaves open comes from the model's defaults."""
-        params = sampling_params(sampling, prompt_id, version, room, self._defaults)
-        return first_token_only(params) if hand_over else params
+        return sampling_params(sampling, prompt_id, version, room, self._defaults)
 
     async def answer(
         self,
@@ -202,9 +193,7 @@ def _broken(code: str, message: str) -> ErrorEvent:
 
 
 def _done(output: RequestOutput, finish_reason: str, completion_tokens: int) -> DoneEvent:
-    goes_on = finish_reason == "length"
     return DoneEvent(
-        kv_transfer=output.kv_transfer_params if goes_on else None,
         finish_reason=finish_reason,
         prompt_tokens=len(output.prompt_token_ids or ()),
         cached_tokens=output.num_cached_tokens or 0,

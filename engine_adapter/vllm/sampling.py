@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,6 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from engine_adapter.errors import BadOperation
 from engine_adapter.messages import Sampling
-from engine_adapter.vllm.handed_over import FOR_ANOTHER_ENGINE
 from engine_adapter.vllm.open_prompts import ADOPT, VERSION
 
 
@@ -42,14 +40,3 @@ def sampling_params(
         )
     except (VLLMValidationError, ValueError, TypeError) as e:
         raise BadOperation(str(e)) from e
-
-
-def first_token_only(params: SamplingParams) -> SamplingParams:
-    """Parameters of the same answer that ends with its first token, so that another engine goes
-    on; unchanged if it has only one."""
-    if params.max_tokens == 1:
-        return params
-    first = copy.copy(params)
-    first.max_tokens, first.min_tokens = 1, min(params.min_tokens, 1)
-    first.extra_args = {**(params.extra_args or {}), "kv_transfer_params": dict(FOR_ANOTHER_ENGINE)}
-    return first

@@ -34,7 +34,6 @@ from engine_adapter.scheduling.cost import CostModel
 from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
-from engine_adapter.vllm.handed_over import HandedOver
 from engine_adapter.vllm.host import HostMemory, loading
 from engine_adapter.vllm.kv import BlockTables
 from engine_adapter.vllm.open_prompts import (
@@ -51,7 +50,6 @@ from engine_adapter.vllm.views import Views
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.outputs import KVConnectorOutput
 
     BlockHasher = Callable[[Request], list[BlockHash]]
 
@@ -90,7 +88,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """What bringing back a victim's KV costs; None if nobody has measured it."""
         self._host = HostMemory(self.connector, self.cost)
         self.prefix_cache = PrefixCache(self, self._tables)
-        self._handed_over = HandedOver(self._free_blocks)
 
     # Operations. Called between steps, on the thread of the engine's loop.
 
@@ -143,7 +140,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def close_prompt(self, prompt_id: str) -> None:
         """Forget a prompt and free its blocks; an unknown one is no error."""
-        self._handed_over.release(prompt_id)
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
             self._views.drop_prompt(prompt)
@@ -161,15 +157,6 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "length": request.num_tokens,
             "computed": request.num_computed_tokens,
         }
-
-    def handed_over(self, prompt_id: str) -> dict[str, int | str]:
-        """What has become of the KV of a prompt that another engine is to fetch.
-
-        A step follows: an idle engine hears from its connector only then.
-        """
-        self._replan = True
-        state = self._handed_over.state(prompt_id)
-        return {} if state is None else {"state": state}
 
     def set_policy(self, policy: str) -> None:
         """Order by another policy from the next step on.
@@ -239,14 +226,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._endings.discard(request)
         self._views.drop(request)
-        transfers = super()._free_request(request, *args, **kwargs)
-        if transfers[0] is not None and request.request_id in self.requests:
-            self._handed_over.put(request)
-        return transfers
-
-    def _update_from_kv_xfer_finished(self, kv_connector_output: KVConnectorOutput) -> None:
-        self._handed_over.take_in(kv_connector_output)
-        super()._update_from_kv_xfer_finished(kv_connector_output)
+        return super()._free_request(request, *args, **kwargs)
 
     def has_requests(self) -> bool:
         """Also true when an operation has given an open prompt something to compute."""
