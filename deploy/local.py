@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Protocol, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -64,6 +64,19 @@ def answers_ping(url: str) -> bool:
     return False
 
 
+class Process(Protocol):
+    """What a `Server` needs of the process that it has started, as of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+    def wait(self) -> int: ...
+
+
 GUARD = f"""
 read nothing
 kill -s TERM -- "-$0"
@@ -105,7 +118,7 @@ class Server:
         descriptor, path = tempfile.mkstemp(prefix=f"stream2llm-{name}-", suffix=".log")
         os.close(descriptor)
         self.log_path = Path(path)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
     @property
@@ -117,15 +130,7 @@ class Server:
     def start(self) -> Self:
         """Start the process; does not wait until it is ready. May follow a `kill` or `stop`."""
         assert self._process is None, "started already"
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,  # kept open: some servers end when it closes
-                stdout=log,
-                stderr=log,
-                env=os.environ | self._env,
-                start_new_session=True,
-            )
+        self._process = self._spawn()
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", GUARD, str(self.pid)],
             stdin=subprocess.PIPE,
@@ -134,6 +139,17 @@ class Server:
             start_new_session=True,
         )
         return self
+
+    def _spawn(self) -> Process:
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,  # kept open: some servers end when it closes
+                stdout=log,
+                stderr=log,
+                env=os.environ | self._env,
+                start_new_session=True,
+            )
 
     def wait_ready(
         self, timeout_s: float = 180.0, waiting: Callable[[float], None] = lambda seconds: None
@@ -193,8 +209,8 @@ class Server:
                 if child is not None:
                     child.kill()
                     child.wait()
-                    assert child.stdin is not None
-                    child.stdin.close()
+                    if child.stdin is not None:
+                        child.stdin.close()
             self._guard = self._process = None
 
     def _wait(self, family: Iterable[psutil.Process], timeout_s: float) -> None:
