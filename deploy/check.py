@@ -102,7 +102,7 @@ def load(report: Report, *, users: int, seconds: float, gap_s: float) -> tuple[i
         form = {"user_count": users, "spawn_rate": users, "gap_s": gap_s}
         locust.post("/swarm", data=form).raise_for_status()
         time.sleep(seconds)
-        locust.get("/stop").raise_for_status()
+        locust.post("/stop").raise_for_status()
         total = _total(locust)
     _print_statistics(total)
     return sum(row["num_requests"] for row in total), sum(row["num_failures"] for row in total)
@@ -117,7 +117,8 @@ def _print_statistics(rows: list[dict[str, Any]]) -> None:
     print(f"{'':50} {'count':>7} {'failed':>7} {'P50':>8} {'P95':>8} {'P99':>8}")
     for row in rows:
         name = f"{row['method']} {row['name']}"
-        times = [row.get(f"response_time_percentile_{p}") or 0 for p in ("0.5", "0.95", "0.99")]
+        percentiles = (row.get(f"response_time_percentile_{p}") for p in ("0.95", "0.99"))
+        times = [row["median_response_time"], *(value or 0 for value in percentiles)]
         shown = " ".join(f"{value:8.0f}" for value in times)
         print(f"{name:50} {row['num_requests']:7} {row['num_failures']:7} {shown}")
 
@@ -154,7 +155,7 @@ def main() -> int:
     """Check the stack. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.check", description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0, help="how long to load it")
-    parser.add_argument("--users", type=int, default=4)
+    parser.add_argument("--users", type=int, default=6, help="of Locust, at once")
     parser.add_argument("--gap-s", type=float, default=1.0, help="mean time between two chunks")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stream2llm-stack-") as name:
