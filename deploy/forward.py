@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 CHUNK_BYTES = 1 << 16
+
+Forward = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def serve(pairs: Sequence[str]) -> None:
@@ -27,7 +29,7 @@ async def serve(pairs: Sequence[str]) -> None:
         await asyncio.Event().wait()
 
 
-def _forwarder(address: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _forwarder(address: str) -> Forward:
     host, port = address.rsplit(":", 1)
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
