@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -158,15 +159,18 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=6, help="of Locust, at once")
     parser.add_argument("--gap-s", type=float, default=1.0, help="mean time between two chunks")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="stream2llm-stack-") as name:
-        folder = Path(name)
-        try:
-            report = stack.up(folder, stack.FILE, "cpu", free_ports=True)
-            found = check(report, users=options.users, seconds=options.seconds, gap_s=options.gap_s)
-        finally:
-            stack.down(folder)
+    folder = Path(tempfile.mkdtemp(prefix="stream2llm-stack-"))
+    try:
+        report = stack.up(folder, stack.FILE, "cpu", free_ports=True)
+        found = check(report, users=options.users, seconds=options.seconds, gap_s=options.gap_s)
+    finally:
+        stack.down(folder)
     tell(found)
-    return 0 if found.fine else 1
+    if not found.fine:
+        print(f"logs: {folder}/logs")
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 def tell(found: Found) -> None:
