@@ -12,8 +12,9 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 bench-sim bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
-.PHONY: help setup model demo test check bench-gateway bench-sim bench-policies bench-disagg \
-    bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval report workload clean
+.PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
+    bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
+    bench-failures report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,6 +48,15 @@ model: $(READY)
 
 demo: model ## an answer that starts while its context is still arriving
 	@exec $(BIN)/python -m deploy.demo
+
+up: model ## everything in docker-compose.yml: in containers, or as processes where there is no engine
+	@$(BIN)/python -m deploy.stack up
+
+down: $(READY) ## end what `make up` has started
+	@$(BIN)/python -m deploy.stack down
+
+stack-check: model ## the stack as processes, two minutes under load, and what Prometheus has of it
+	@$(BIN)/python -m deploy.check
 
 test: check model ## lint, types and all tests, also those on a real engine
 	@$(BIN)/python -m pytest -m engine

@@ -101,12 +101,16 @@ class Server:
         env: Mapping[str, str] | None = None,
         scheme: str = "http",
         is_ready: Callable[[str], bool] = answers_http,
+        log_path: Path | None = None,
+        inherits: bool = True,
     ) -> None:
         """
         Args:
             ready_path: where the server says that it is ready.
             is_ready: asks there.
             env: added to the environment of this process.
+            log_path: of a log to be kept; None for one that goes when the server is stopped.
+            inherits: False: `env` is all of its environment.
         """
         self.name = name
         self.port = port
@@ -114,12 +118,17 @@ class Server:
         self._command = list(command)
         self._is_ready = is_ready
         self._ready_url = self.url + ready_path
-        self._env = dict(env or {})
-        descriptor, path = tempfile.mkstemp(prefix=f"stream2llm-{name}-", suffix=".log")
-        os.close(descriptor)
-        self.log_path = Path(path)
+        self._env = (dict(os.environ) if inherits else {}) | dict(env or {})
+        self._keeps_log = log_path is not None
+        self.log_path = log_path or _temporary_log(name)
         self._process: Process | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of a process that has ended by itself; None while it runs."""
+        assert self._process is not None, "not running"
+        return self._process.poll()
 
     @property
     def pid(self) -> int:
@@ -147,7 +156,7 @@ class Server:
                 stdin=subprocess.PIPE,  # kept open: some servers end when it closes
                 stdout=log,
                 stderr=log,
-                env=os.environ | self._env,
+                env=self._env,
                 start_new_session=True,
             )
 
@@ -189,7 +198,8 @@ class Server:
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """End it, politely first, with everything it has started. No error if it has ended."""
         self._end(grace_s)
-        self.log_path.unlink(missing_ok=True)
+        if not self._keeps_log:
+            self.log_path.unlink(missing_ok=True)
 
     def _end(self, grace_s: float) -> None:
         if self._process is None:
@@ -243,6 +253,12 @@ class Server:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _temporary_log(name: str) -> Path:
+    descriptor, path = tempfile.mkstemp(prefix=f"stream2llm-{name}-", suffix=".log")
+    os.close(descriptor)
+    return Path(path)
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 
 import uvloop
 from aiohttp import web
 
+from gateway import logs, tracing
 from gateway.app import build
 from gateway.settings import SettingsError, load
 
@@ -25,9 +25,12 @@ def main() -> int:
     except SettingsError as e:
         print(f"gateway: {e}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    logs.set_up(settings.log_level, settings.log_format)
+    try:
+        end_tracing = tracing.set_up()
+    except tracing.TracingUnavailable as e:
+        print(f"gateway: {e}", file=sys.stderr)
+        return 2
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     web.run_app(
         build(settings),
@@ -38,6 +41,7 @@ def main() -> int:
         access_log=None,
         print=lambda *_: print(f"gateway on http://{settings.host}:{settings.port}", flush=True),
     )
+    end_tracing()
     return 0
 
 

@@ -18,6 +18,10 @@ class Answering:
         """How to answer; None before the input is closed."""
         self.begun = False
         """The engine has given an event: the answer can't begin again."""
+        self.asked_at_s: float | None = None
+        """When the input was closed, in Unix time."""
+        self.ttft_s: float | None = None
+        self.done: DoneEvent | None = None
         self._metrics = metrics
         self._asked_s = 0.0
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -25,12 +29,15 @@ class Answering:
     def ask(self, sampling: Sampling) -> None:
         """The input is closed."""
         self.sampling, self._asked_s = sampling, time.monotonic()
+        self.asked_at_s = time.time()
 
     def put(self, event: Event) -> None:
         """An event of the engine, to be passed on."""
         if isinstance(event, TokenEvent) and not self.begun:
-            self._metrics.ttft.observe(time.monotonic() - self._asked_s)
+            self.ttft_s = time.monotonic() - self._asked_s
+            self._metrics.ttft.observe(self.ttft_s)
         if isinstance(event, DoneEvent):
+            self.done = event
             self._metrics.prompt_tokens.inc(event.prompt_tokens)
             self._metrics.cached_tokens.inc(event.cached_tokens)
             self._metrics.completion_tokens.inc(event.completion_tokens)

@@ -39,6 +39,7 @@ from gateway.retrieving import Retrievals
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
+from gateway.tracing import passing_on, traced
 from retrieval.collections.store import Collections
 from retrieval.embedding import Embedder, EmbedderMissing, MiniLm
 
@@ -54,7 +55,7 @@ def build(settings: Settings, embedder: Embedder | None = None) -> web.Applicati
         embedder: of its collections; None for the small model that comes as a package.
     """
     app = web.Application(
-        middlewares=[_errors], client_max_size=settings.max_body_bytes + 1, logger=logger
+        middlewares=[traced, _errors], client_max_size=settings.max_body_bytes + 1, logger=logger
     )
     app[SETTINGS] = settings
     app[METRICS] = Metrics()
@@ -78,7 +79,9 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     guard = Guard(timeout_s=settings.index_timeout_s, metrics=metrics)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     async with (
-        aiohttp.ClientSession(connector=connector, auto_decompress=False) as session,
+        aiohttp.ClientSession(
+            connector=connector, auto_decompress=False, trace_configs=[passing_on()]
+        ) as session,
         AsyncExitStack() as closing,
     ):
         closing.push_async_callback(index.close)

@@ -29,6 +29,7 @@ from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, fro
 from gateway.keeper import Keeper, Moved
 from gateway.keys import ENGINES, KEEPER, METRICS, SESSION, SETTINGS, STREAMS, TAKING_OVER, TELLING
 from gateway.line import abort
+from gateway.logs import bind
 from gateway.placement import Engine, ModelPlacer
 from gateway.record import Ledger
 from gateway.relay import end_to_end, relay
@@ -83,6 +84,7 @@ def on_stream(
                 with suppress(Moved):
                     found = await _find(request)
                     if isinstance(found, Stream):
+                        bind(stream_id=found.id)
                         return await handler(request, found, body)
                     holder = found if isinstance(found, str) else found.holder
                     try:

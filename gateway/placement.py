@@ -211,7 +211,7 @@ class Engines:
             engine.trouble = ""
             if before is None:
                 _log_ready(engine.url, engine.info)
-        self._metrics.engine_up.labels(engine.url).set(engine.info is not None)
+        self._metrics.engine_seen(engine.url, engine.info)
         same = engine.info is not None and before is not None
         if before is not None and not (same and engine.info.instance_id == before.instance_id):  # type: ignore[union-attr]
             self._lost(engine)

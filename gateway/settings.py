@@ -74,6 +74,7 @@ class Settings:
     retrieval_max_s: float = _setting(30.0, "longest and default deadline of retrieval")
     max_retrievals: int = _setting(100, "retrievals at once; more are answered 503")
     log_level: str = _setting("info", "debug, info, warning or error")
+    log_format: str = _setting("text", "text, or json: one object per line")
 
     def __post_init__(self) -> None:
         for name in _FROM_ONE:
@@ -97,6 +98,8 @@ class Settings:
             raise SettingsError("port", "must be between 0 and 65535")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError("log_level", "must be debug, info, warning or error")
+        if self.log_format not in ("text", "json"):
+            raise SettingsError("log_format", "must be text or json")
         advertise = (self.advertise,) if self.advertise else ()
         named = {"engine": self.engine, "plain_engine": self.plain_engine, "advertise": advertise}
         for name, urls in named.items():

@@ -23,6 +23,7 @@ from typing import Literal
 
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Progress
+from gateway.account import account_of
 from gateway.answering import Answering
 from gateway.books import Books
 from gateway.errors import (
@@ -417,7 +418,7 @@ class Stream:
         self.touched_s = time.monotonic()
         self.served_by = self.line.engine
         self.line.disconnect()
-        self._metrics.streams.labels(state).inc()
+        account_of(self, self._answering).told(self._metrics)
         current = asyncio.current_task()
         for task in (self._pump_task, self._answer_task):
             if task is not None and task is not current:

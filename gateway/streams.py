@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from gateway.errors import Overloaded
 from gateway.keeper import Keeper, Moved
 from gateway.line import Placer
+from gateway.logs import bind
 from gateway.placement import Engine
 from gateway.prompt import Prompt
 from gateway.record import Found, Ledger
@@ -40,6 +42,7 @@ class Streams:
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = asyncio.Semaphore(AT_ONCE)
+        metrics.live.count = lambda: Counter(s.state for s in self._streams.values())
 
     async def start(self) -> None:
         """Begin to look after the streams."""
@@ -104,6 +107,7 @@ class Streams:
             ended=self._ended,
             moved=self._moved,
         )
+        bind(stream_id=stream_id)
         self._streams[stream_id] = stream
         self._alive += 1
         self._metrics.open_streams.set(self._alive)

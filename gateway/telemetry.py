@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from engine_adapter.messages import EngineInfo
+from gateway.figures import EngineFigures, StreamFigures
+
 TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 )  # fmt: skip
 """As OpenTelemetry's GenAI conventions give them for gen_ai.server.time_to_first_token."""
+
+TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+"""As they are for gen_ai.server.time_per_output_token."""
+
+DURATION_BUCKETS_S = (
+    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+)  # fmt: skip
+"""As they are for gen_ai.server.request.duration."""
+
+GENAI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+
+LIVE, ENDS = ("open", "finishing"), ("done", "failed", "cancelled", "expired", "moved")
+"""States of streams."""
+OPERATIONS = ("open", "extend", "finish")
 
 CHUNK_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
 
@@ -27,6 +44,10 @@ class Metrics:
         self.streams = Counter(
             "stream2llm_streams_total", "Streams by how they ended", ["end"], registry=self.registry
         )
+        for end in ENDS:  # so that a rate of the first one is seen
+            self.streams.labels(end)
+        self.live = StreamFigures(LIVE)
+        self.registry.register(self.live)
         self.chunks = Counter("stream2llm_chunks_total", "Chunks taken in", registry=self.registry)
         self.context_tokens = Counter(
             "stream2llm_context_tokens_total", "Context tokens taken in", registry=self.registry
@@ -56,6 +77,8 @@ class Metrics:
             ["operation"],
             registry=self.registry,
         )
+        for operation in OPERATIONS:
+            self.operations.labels(operation)
         self.errors = Counter(
             "stream2llm_errors_total", "Errors told to clients", ["code"], registry=self.registry
         )
@@ -63,6 +86,27 @@ class Metrics:
             "stream2llm_time_to_first_token_seconds",
             "From finish to the first token of the answer",
             buckets=TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.genai_ttft = Histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "As stream2llm_time_to_first_token_seconds, of ended streams",
+            GENAI_LABELS,
+            buckets=TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.genai_token = Histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Mean time between two tokens of one answer",
+            GENAI_LABELS,
+            buckets=TOKEN_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.genai_duration = Histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From finish to the end of the stream",
+            [*GENAI_LABELS, "error_type"],
+            buckets=DURATION_BUCKETS_S,
             registry=self.registry,
         )
         self.chunk_seconds = Histogram(
@@ -86,7 +130,8 @@ class Metrics:
         self.engine_up = Gauge(
             "stream2llm_engine_up", "1 if an engine answers", ["engine"], registry=self.registry
         )
-
+        self._engines = EngineFigures()
+        self.registry.register(self._engines)
         self.index_up = Gauge(
             "stream2llm_index_up", "1 if the index answers in time", registry=self.registry
         )
@@ -111,6 +156,14 @@ class Metrics:
             "Streams whose holder was gone",
             registry=self.registry,
         )
+
+    def engine_seen(self, url: str, info: EngineInfo | None) -> None:
+        """An engine was asked how it does; None: it does not answer."""
+        self.engine_up.labels(url).set(info is not None)
+        if info is None:
+            self._engines.said.pop(url, None)
+        else:
+            self._engines.said[url] = info
 
     def render(self) -> bytes:
         """The text exposition format."""

@@ -1,0 +1,73 @@
+"""Structured logs: what a line is about stands in fields of its own. Never any text of a prompt.
+
+`bind` says once, where a request is understood, which stream and which tenant it is about; every
+line that is logged from there on, also by tasks that were started there, has that and the trace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from gateway.tracing import trace_id
+
+FORMATS = ("text", "json")
+
+_bound: ContextVar[Mapping[str, str]] = ContextVar("stream2llm_log_fields")
+
+
+def bind(**fields: str) -> None:
+    """Add fields, e.g. `stream_id`, to all lines of this task and of those it starts later."""
+    _bound.set({**_bound.get({}), **fields})
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What a line is about: the bound fields, the trace, and its own (`extra={"fields": ...}`)."""
+    trace = {} if (found := trace_id()) is None else {"trace_id": found}
+    return {**_bound.get({}), **trace, **getattr(record, "fields", {})}
+
+
+class Text(logging.Formatter):
+    """For people: the message, then the fields as `name=value`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line without a traceback."""
+        fields = fields_of(record)
+        about = "".join(f" {k}={v}" for k, v in fields.items() if v is not None)
+        return super().formatMessage(record) + about
+
+
+class Json(logging.Formatter):
+    """For machines: one object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The whole line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **fields_of(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+def set_up(level: str, format: str) -> None:
+    """Log to stderr from now on.
+
+    Args:
+        format: one of `FORMATS`.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(Json() if format == "json" else Text())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
