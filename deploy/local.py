@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Protocol, Self
+from typing import IO, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -290,6 +290,11 @@ class EngineOptions:
     """In which order requests are computed; None for the plug-in's default."""
     kv_events: bool = False
     """Publish what becomes of its KV blocks, for processes of this machine; `info` says where."""
+    kv_role: Literal["kv_producer", "kv_consumer"] | None = None
+    """Its part where prefill and decode are on different engines: a producer's prompts can be
+    decoded by a consumer."""
+    kv_lease_s: int = 30
+    """How long a producer keeps KV that nobody fetches or asks for."""
     plugin: bool = True
     """False for vLLM alone, without a plug-in of any kind."""
     module: str = "vllm.entrypoints.openai.api_server"
@@ -334,6 +339,10 @@ def engine(options: EngineOptions | None = None) -> Server:
         command += ["--additional-config", json.dumps(settings)]
     if options.kv_events:
         command += ["--kv-events-config", json.dumps(_kv_events(port))]
+    if options.kv_role is not None:
+        command += ["--kv-transfer-config", json.dumps(_kv_transfer(options))]
+        env |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        env |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"} if on_cpu else {}
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
 
@@ -346,6 +355,15 @@ def _kv_events(port: int) -> dict[str, object]:
         "enable_kv_cache_events": True,
         "endpoint": f"{place}-events",
         "replay_endpoint": f"{place}-replay",
+    }
+
+
+def _kv_transfer(options: EngineOptions) -> dict[str, object]:
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": options.kv_role,
+        "kv_buffer_device": "cpu" if is_cpu_build() else "cuda",
+        "kv_connector_extra_config": {"kv_lease_duration": options.kv_lease_s},
     }
 
 
