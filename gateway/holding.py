@@ -26,8 +26,18 @@ from engine_adapter.messages import PromptTokens
 from gateway import record as records
 from gateway.bodies import read_body
 from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
-from gateway.keeper import Keeper, Moved
-from gateway.keys import ENGINES, KEEPER, METRICS, SESSION, SETTINGS, STREAMS, TAKING_OVER, TELLING
+from gateway.keeper import NOBODY, Keeper, Moved
+from gateway.keys import (
+    ENGINES,
+    KEEPER,
+    LIFECYCLE,
+    METRICS,
+    SESSION,
+    SETTINGS,
+    STREAMS,
+    TAKING_OVER,
+    TELLING,
+)
 from gateway.line import abort
 from gateway.logs import bind
 from gateway.placement import Engine, ModelPlacer
@@ -78,7 +88,7 @@ def on_stream(
 
     def decorate(handler: Handler) -> Route:
         async def route(request: web.Request) -> web.StreamResponse:
-            body = await read_body(request, limit(request.app[SETTINGS]))
+            body = await read_body(request, limit(request.app[SETTINGS].now))
             for attempt in range(MAX_ATTEMPTS):
                 await asyncio.sleep(PAUSE_S * attempt)
                 with suppress(Moved):
@@ -115,7 +125,10 @@ async def _find(request: web.Request) -> Stream | StreamRecord | str:
     record = await app[KEEPER].find(stream_id)
     if record is None:
         return await _asked_around(request)
-    if record.holder == app[KEEPER].replica:  # before it was started anew
+    if record.holder == NOBODY and app[LIFECYCLE].draining and FORWARDED not in request.headers:
+        for other in await app[KEEPER].others():
+            return other
+    if record.holder in (NOBODY, app[KEEPER].replica):  # released, or from before a new start
         await _take_over(app, stream_id, record)
         raise Moved
     if FORWARDED in request.headers:
@@ -190,7 +203,7 @@ async def _send_on(
     async with answer:
         if answer.status == NotHeld.status:
             raise Moved
-        silence_s = 3 * app[SETTINGS].heartbeat_s if answer.content_type == SSE else None
+        silence_s = 3 * app[SETTINGS].now.heartbeat_s if answer.content_type == SSE else None
         try:
             return await relay(request, answer, silence_s)
         except (asyncio.CancelledError, ConnectionError):

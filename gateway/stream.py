@@ -30,6 +30,7 @@ from gateway.errors import (
     ContextTooLong,
     EngineFailed,
     GatewayError,
+    IndexAway,
     InputClosed,
     SequenceGap,
     from_engine,
@@ -355,6 +356,22 @@ class Stream:
         elif self.state != "moved":  # it has ended here, but not there
             self.state = "moved"
             self._moved(self)
+
+    @property
+    def movable(self) -> bool:
+        """Whether another replica can go on with it from here."""
+        retrieving = self.retrieval is not None and self.retrieval.state == "running"
+        return self.state == "open" and self.books.kept and not retrieving
+
+    async def release(self) -> None:
+        """Let whichever replica is asked for it next hold it, as far as the index can be told."""
+        async with self._taking:
+            if not self.movable:
+                return
+            with suppress(Moved, IndexAway):
+                await self.keep(renew=True)
+                await self.books.release()
+                self.let_go()
 
     async def leave(self) -> None:
         """This replica ends: what another one needs to go on is in the index and at the engine."""

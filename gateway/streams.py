@@ -11,11 +11,11 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+from gateway.engines import AnyEngine
 from gateway.errors import Overloaded
 from gateway.keeper import Keeper, Moved
-from gateway.line import Placer
+from gateway.line import Placer, abort
 from gateway.logs import bind
-from gateway.placement import Engine
 from gateway.prompt import Prompt
 from gateway.record import Found, Ledger
 from gateway.requests import Options
@@ -39,10 +39,15 @@ class Streams:
         self._metrics = metrics
         self._streams: dict[str, Stream] = {}
         self._alive = 0
+        self._alive_of: Counter[str] = Counter()
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = asyncio.Semaphore(AT_ONCE)
         metrics.live.count = lambda: Counter(s.state for s in self._streams.values())
+
+    def use(self, settings: Settings) -> None:
+        """Go by these settings from now on."""
+        self._settings = settings
 
     async def start(self) -> None:
         """Begin to look after the streams."""
@@ -110,6 +115,7 @@ class Streams:
         bind(stream_id=stream_id)
         self._streams[stream_id] = stream
         self._alive += 1
+        self._alive_of[model] += 1
         self._metrics.open_streams.set(self._alive)
         return stream
 
@@ -117,11 +123,47 @@ class Streams:
         """The stream of an id, if this replica holds it."""
         return self._streams.get(stream_id)
 
-    def engine_lost(self, engine: Engine) -> None:
+    def alive(self, model: str) -> int:
+        """Streams of a model that have not ended."""
+        return self._alive_of[model]
+
+    @property
+    def movable(self) -> list[Stream]:
+        """Those that another replica can go on with, as they are now."""
+        if self._settings.index is None:
+            return []
+        return [stream for stream in self._streams.values() if stream.movable]
+
+    @property
+    def bound(self) -> int:
+        """How many can only end here."""
+        return self._alive - len(self.movable)
+
+    def counts(self) -> dict[str, Any]:
+        """How many there are, by what operators ask for."""
+        alive = [stream for stream in self._streams.values() if not stream.ended]
+        engines = Counter(s.line.engine.url for s in alive if s.line.engine is not None)
+        return {
+            "streams": self._alive,
+            "by_state": Counter(stream.state for stream in alive),
+            "by_model": Counter(stream.model for stream in alive),
+            "by_engine": engines,
+        }
+
+    def engine_lost(self, engine: AnyEngine) -> None:
         """Streams of an engine that is gone go on elsewhere, or fail."""
         for stream in list(self._streams.values()):
             if stream.line.engine is engine:
                 stream.engine_lost()
+
+    def leave(self, engine: AnyEngine, answered_too: bool) -> None:
+        """Streams of an engine that is to get no more go on elsewhere, as if it were gone, and free
+        its memory, if it is still there. Those whose input is closed stay, or have to go too."""
+        for stream in list(self._streams.values()):
+            if stream.line.engine is engine and (answered_too or stream.state == "open"):
+                freeing = abort(stream.line.engine, stream.line.prompt_id)
+                stream.engine_lost()
+                self._look_after(freeing)
 
     async def keep_again(self) -> None:
         """Write every record anew."""
@@ -131,6 +173,7 @@ class Streams:
 
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
+        self._alive_of[stream.model] -= 1
         self._metrics.open_streams.set(self._alive)
         if stream.retrieval is not None:
             stream.retrieval.cancel()
@@ -143,9 +186,12 @@ class Streams:
         while True:
             await asyncio.sleep(SWEEP_S)
             for work in self._due(time.monotonic()):  # nobody waits: one may take long
-                task = asyncio.create_task(work)
-                self._work.add(task)
-                task.add_done_callback(self._done)
+                self._look_after(work)
+
+    def _look_after(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)
