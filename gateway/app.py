@@ -15,7 +15,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from cache_index.opening import open_index
+from engine_adapter.decode_client import DecodeClient
 from gateway import routes_collections, routes_openai, routes_streams
+from gateway.decoders import DecodePool
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 from gateway.guard import Guard
 from gateway.keeper import Keeper
@@ -89,7 +91,12 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             lease_s=max(settings.lease_s, settings.keep_finished_s),
             metrics=metrics,
         )
-        streams = Streams(settings, keeper, metrics)
+        decoders = DecodePool(
+            [DecodeClient(session, url) for url in settings.decode_engine],
+            poll_s=settings.poll_s,
+            lost=lambda engine: streams.engine_lost(engine),
+        )
+        streams = Streams(settings, keeper, decoders, metrics)
         retrievals = Retrievals(settings, app.get(COLLECTIONS), metrics)
         prefixes = Prefixes(index, guard)
         engines = Engines(
@@ -106,7 +113,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         with ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer") as executor:
             app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
             app[EXECUTOR], app[KEEPER], app[RETRIEVALS] = executor, keeper, retrievals
-            await engines.start()
+            await asyncio.gather(engines.start(), decoders.start())
             await keeper.start(streams.keep_again)
             await streams.start()
             loading = asyncio.create_task(_load_embedder(app.get(COLLECTIONS)))
@@ -115,7 +122,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             await retrievals.stop()
             await streams.stop()
             await keeper.stop()
-            await engines.stop()
+            await asyncio.gather(engines.stop(), decoders.stop())
             await prefixes.stop()
 
 

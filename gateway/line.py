@@ -12,6 +12,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine_adapter.errors import (
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 10.0
 """Longest wait for an engine's word on where a prompt stands."""
+ABORT_S = 10.0
+"""Longest wait for an engine that is to forget a prompt; then its lease ends it."""
 MAX_ATTEMPTS = 4
 """How often one thing is asked of engines that lost the prompt, are behind, or are gone."""
 
@@ -65,6 +68,15 @@ class Placer(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How an engine is to answer."""
+
+    sampling: Sampling
+    hand_over: bool = False
+    """Only the first token."""
+
+
 class Line:
     """One stream's line. It leads to an engine once it has something to carry."""
 
@@ -83,6 +95,8 @@ class Line:
                 has the right to.
         """
         self.engine: Engine | None = None
+        self.left: Engine | None = None
+        """The engine it led to last."""
         self.decision: Decision | None = None
         self.prompt_id = stream_id
         self.progress: Progress | None = None
@@ -114,8 +128,14 @@ class Line:
         """What the engine has of the prompt is of no use any more."""
         if self.engine is not None:
             self.engine.streams -= 1
-            self.engine = None
+            self.engine, self.left = None, self.engine
         self._forget()
+
+    def leave(self) -> None:
+        """Its engine is gone: go to another one with whatever comes next."""
+        if self.engine is not None:
+            self._avoid.add(self.engine)
+        self.disconnect()
 
     def begin_anew(self) -> None:
         """Take an id that no engine has heard of, before the first operation."""
@@ -157,9 +177,12 @@ class Line:
                     await self._recover(e)
 
     async def answer(
-        self, wanted: list[int], tail: Sequence[int], sampling: Sampling
+        self, wanted: list[int], tail: Sequence[int], how: Callable[[Engine], Asked]
     ) -> AsyncGenerator[Event, None]:
         """Close the prompt with these tokens and its tail; the events of the answer.
+
+        Args:
+            how: called with each engine that is to answer.
 
         Raises:
             EngineError, EngineFailed: no engine can; or one broke off after the first event.
@@ -170,7 +193,7 @@ class Line:
             try:
                 if self._sent is None:
                     await self.bring(wanted)
-                async for event in self._finish([*wanted, *tail], sampling):
+                async for event in self._finish([*wanted, *tail], how):
                     if not begun and isinstance(event, ErrorEvent):
                         raise EngineError.from_json(event.error)
                     begun = True
@@ -201,11 +224,22 @@ class Line:
         extend = Extend(version=self._version, keep=keep, tokens=tokens)
         self._note(await client.extend(self.prompt_id, extend))
 
-    async def _finish(self, wanted: list[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
+    async def _finish(
+        self, wanted: list[int], how: Callable[[Engine], Asked]
+    ) -> AsyncGenerator[Event, None]:
+        client, engine = self._client, self.engine
+        assert engine is not None
+        asked = how(engine)
         keep, tokens = difference(self._sent or [], wanted)
-        op = Finish(version=self._version + 1, keep=keep, tokens=tokens, sampling=sampling)
+        op = Finish(
+            version=self._version + 1,
+            keep=keep,
+            tokens=tokens,
+            sampling=asked.sampling,
+            hand_over=asked.hand_over,
+        )
         self._metrics.operations.labels("finish").inc()
-        async with self._client.finish(self.prompt_id, op) as events:
+        async with client.finish(self.prompt_id, op) as events:
             async for event in events:
                 yield event
                 if isinstance(event, DoneEvent | ErrorEvent):
@@ -233,8 +267,7 @@ class Line:
                     logger.warning(
                         "stream %s leaves %s: %s", self._stream_id, self.engine.url, error
                     )
-                    self._avoid.add(self.engine)
-                self.disconnect()
+                self.leave()
             case _:
                 raise error
 
@@ -288,5 +321,6 @@ class Line:
 async def abort(engine: Engine | None, prompt_id: str) -> None:
     """Free an engine's memory of a prompt. No error if it has nothing of it."""
     if engine is not None:
-        with suppress(EngineError):
-            await engine.client.abort(prompt_id)
+        with suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(ABORT_S):
+                await engine.client.abort(prompt_id)

@@ -32,6 +32,11 @@ class Settings:
         "URL of an OpenAI-compatible server without the plug-in, whose prefix cache is warmed "
         "instead; may be given several times",
     )
+    decode_engine: tuple[str, ...] = _setting(
+        (),
+        "URL of an unmodified engine that decodes what the others have prefilled and hand over; "
+        "may be given several times",
+    )
     tokenizer: str | None = _setting(
         None, "folder or name of the model's tokenizer (default: the model name the engine says)"
     )
@@ -45,6 +50,17 @@ class Settings:
     index_timeout_s: float = _setting(0.5, "longest wait for the index; then without it")
     advertise: str | None = _setting(
         None, "URL under which other replicas reach this one (default: host and port)"
+    )
+    handoff_min_tokens: int = _setting(
+        16, "answers of fewer tokens are decoded where their prompts were read"
+    )
+    handoff_idle_tokens: int = _setting(
+        0,
+        "answers are decoded where their prompts were read while no more tokens are queued there, "
+        "each open prompt counting 256; -1: never",
+    )
+    handoff_timeout_s: float = _setting(
+        10.0, "longest wait for a decode engine to fetch a prompt's KV; then it is read anew"
     )
     routing: str = _setting("prefix", "which engine: " + ", ".join(POLICIES))
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
@@ -98,8 +114,8 @@ class Settings:
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError("log_level", "must be debug, info, warning or error")
         advertise = (self.advertise,) if self.advertise else ()
-        named = {"engine": self.engine, "plain_engine": self.plain_engine, "advertise": advertise}
-        for name, urls in named.items():
+        named = {name: getattr(self, name) for name in ("engine", "plain_engine", "decode_engine")}
+        for name, urls in (*named.items(), ("advertise", advertise)):
             for url in urls:
                 if not url.startswith(("http://", "https://")):
                     raise SettingsError(name, f"{url!r} is no http(s) URL")
@@ -123,12 +139,12 @@ class Settings:
 
 
 _FROM_ONE = (
-    "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache", "crawl_max_pages",
-    "max_retrievals",
+    "handoff_min_tokens", "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache",
+    "crawl_max_pages", "max_retrievals",
 )  # fmt: skip
 _ABOVE_ZERO = (
-    "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
-    "retrieval_max_s",
+    "handoff_timeout_s", "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s",
+    "poll_s", "heartbeat_s", "retrieval_max_s",
 )  # fmt: skip
 
 

@@ -17,22 +17,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Literal
 
 from engine_adapter.errors import EngineError
-from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Progress
+from engine_adapter.messages import DoneEvent, Event, Progress
 from gateway.answering import Answering
 from gateway.books import Books
+from gateway.course import Course, Handing
 from gateway.errors import (
-    ContextTooLong,
     EngineFailed,
     GatewayError,
     InputClosed,
     SequenceGap,
     from_engine,
 )
+from gateway.handoff import DecodeEngine
 from gateway.keeper import Keeper, Moved
 from gateway.known import KnownDocuments
 from gateway.line import Line, Placer, abort
@@ -66,6 +67,7 @@ class Stream:
         lease_s: float,
         placer: Placer,
         keeper: Keeper | None,
+        handing: Handing,
         metrics: Metrics,
         ended: Callable[[Stream], None],
         moved: Callable[[Stream], None],
@@ -94,9 +96,9 @@ class Stream:
         self.books = Books(self, keeper)
         self.taken: list[Taken] = []
         """The answer to each post, by its seq."""
-        self.served_by: Engine | None = None
-        """The last engine it had, once it has ended."""
         self.retrieval: Retrieval | None = None
+        self.course: Course | None = None
+        """Of its answer, once its input is closed."""
         self._answer_tokens = options.answer_tokens or 1
         self._placer = placer
         self._metrics = metrics
@@ -108,6 +110,7 @@ class Stream:
         self._answer_task: asyncio.Task[None] | None = None
         self._last_words: list[asyncio.Task[None]] = []
         self._answering = Answering(metrics)
+        self._handing = handing
 
     @property
     def ended(self) -> bool:
@@ -117,7 +120,7 @@ class Stream:
     @property
     def engine(self) -> Engine | None:
         """Where its prompt is, or was."""
-        return self.line.engine or self.served_by
+        return self.line.engine or self.line.left
 
     async def begin(self) -> None:
         """Make the stream known to the other replicas and begin to read.
@@ -241,13 +244,7 @@ class Stream:
     ) -> None:
         """Raise ContextTooLong if a prompt does not leave room for the answer."""
         limit = self._placer.max_model_len
-        reserved = answer_tokens or self._answer_tokens
-        if limit is not None and prompt.length + reserved > limit:
-            raise ContextTooLong(
-                f"the prompt would have {prompt.length} tokens and the answer up to {reserved}, "
-                f"but the model takes {limit}",
-                param=param,
-            )
+        prompt.must_fit(limit, answer_tokens or self._answer_tokens, param=param)
 
     async def finish(self, options: Options) -> None:
         """Close the input and begin the answer; `next_event` gives it.
@@ -374,11 +371,11 @@ class Stream:
         await self._ended_tasks()
         if self.state != "finishing":
             return
-        self.state, self._answering = "open", Answering(self._metrics)
+        self.state, self._answering, self.course = "open", Answering(self._metrics), None
         self.touched_s = time.monotonic()
         self.line.begin_anew()
         self._start()
-        self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
+        self._free(engine, prompt_id)
         with suppress(Moved):
             await self.keep()
 
@@ -415,7 +412,6 @@ class Stream:
         self.state = state
         self.known.clear()
         self.touched_s = time.monotonic()
-        self.served_by = self.line.engine
         self.line.disconnect()
         self._metrics.streams.labels(state).inc()
         current = asyncio.current_task()
@@ -428,11 +424,11 @@ class Stream:
 
     # How the engine gets to it.
 
-    def engine_lost(self) -> None:
-        """Its engine is gone, with all that it had of the prompt: begin again on another."""
-        if self.state == "finishing" and self._answering.begun:
-            self.fail(EngineFailed("the engine of this stream died"))
-        elif not self.ended:
+    def engine_lost(self, engine: Engine | DecodeEngine) -> None:
+        """An engine is gone. If it is this stream's, begin again on another."""
+        if self.state == "finishing" and self.course is not None and self.course.begun:
+            self.course.engine_lost(engine)
+        elif not self.ended and self.line.engine is engine:
             for task in (self._pump_task, self._answer_task):
                 if task is not None:
                     task.cancel()
@@ -469,11 +465,16 @@ class Stream:
         sampling = self._answering.sampling
         assert sampling is not None
         self._changed.set()  # a pump that waits for input sees that there is no more
-        answer = self.line.answer(self.prompt.open_tokens, self.prompt.tail, sampling)
+        self.course = Course(
+            self.line, self._handing, self.model, self.prompt, sampling,
+            tell=self._pass_on, free=self._free,
+        )  # fmt: skip
         with self._failing():
-            async with aclosing(answer) as events:
-                async for event in events:
-                    self._pass_on(event)
+            await self.course.run()
+
+    def _free(self, engine: Engine | None, prompt_id: str) -> None:
+        """Have an engine forget a prompt; `close` waits for it."""
+        self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -485,15 +486,12 @@ class Stream:
         except (EngineError, GatewayError) as e:
             engine, prompt_id = self.line.engine, self.line.prompt_id
             self.fail(from_engine(e) if isinstance(e, EngineError) else e)
-            self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
+            self._free(engine, prompt_id)
         except Exception:  # a stream whose task has died would wait for ever
             logger.exception("stream %s failed", self.id)
             self.fail(GatewayError("the gateway failed"))
 
     def _pass_on(self, event: Event) -> None:
-        if isinstance(event, ErrorEvent):
-            self.fail(from_engine(EngineError.from_json(event.error)))
-            return
         self.touched_s = time.monotonic()
         self._answering.put(event)
         if isinstance(event, DoneEvent):

@@ -10,7 +10,9 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+from gateway.course import Handing
 from gateway.errors import Overloaded
+from gateway.handoff import DecodeEngine, Decoders, Rule
 from gateway.keeper import Keeper, Moved
 from gateway.line import Placer
 from gateway.placement import Engine
@@ -31,8 +33,14 @@ AT_ONCE = 64
 class Streams:
     """The streams by id, and the task that looks after the silent ones."""
 
-    def __init__(self, settings: Settings, keeper: Keeper, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, keeper: Keeper, decoders: Decoders, metrics: Metrics
+    ) -> None:
         self._settings = settings
+        rule = Rule(
+            settings.handoff_min_tokens, settings.handoff_idle_tokens, settings.handoff_timeout_s
+        )
+        self._handing = Handing(decoders, rule, metrics)
         self._keeper = keeper
         self._metrics = metrics
         self._streams: dict[str, Stream] = {}
@@ -100,6 +108,7 @@ class Streams:
             lease_s=self._settings.lease_s,
             placer=placer,
             keeper=self._keeper if kept else None,
+            handing=self._handing,
             metrics=self._metrics,
             ended=self._ended,
             moved=self._moved,
@@ -113,11 +122,10 @@ class Streams:
         """The stream of an id, if this replica holds it."""
         return self._streams.get(stream_id)
 
-    def engine_lost(self, engine: Engine) -> None:
+    def engine_lost(self, engine: Engine | DecodeEngine) -> None:
         """Streams of an engine that is gone go on elsewhere, or fail."""
         for stream in list(self._streams.values()):
-            if stream.line.engine is engine:
-                stream.engine_lost()
+            stream.engine_lost(engine)
 
     async def keep_again(self) -> None:
         """Write every record anew."""
