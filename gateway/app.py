@@ -17,7 +17,6 @@ from aiohttp.typedefs import Handler
 from cache_index.opening import open_index
 from engine_adapter.decode_client import DecodeClient
 from gateway import routes_collections, routes_openai, routes_streams
-from gateway.decoders import DecodePool
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 from gateway.guard import Guard
 from gateway.keeper import Keeper
@@ -36,9 +35,10 @@ from gateway.keys import (
     TELLING,
 )
 from gateway.placement import Engines
+from gateway.pool import Callbacks, Pool
 from gateway.prefixes import Prefixes
 from gateway.retrieving import Retrievals
-from gateway.settings import Settings
+from gateway.settings import Current, Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
 from retrieval.collections.store import Collections
@@ -58,7 +58,7 @@ def build(settings: Settings, embedder: Embedder | None = None) -> web.Applicati
     app = web.Application(
         middlewares=[_errors], client_max_size=settings.max_body_bytes + 1, logger=logger
     )
-    app[SETTINGS] = settings
+    app[SETTINGS] = Current(settings)
     app[METRICS] = Metrics()
     app[BUILDERS], app[TAKING_OVER], app[TELLING] = {}, {}, set()
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
@@ -75,7 +75,7 @@ def build(settings: Settings, embedder: Embedder | None = None) -> web.Applicati
 
 async def _running(app: web.Application) -> AsyncIterator[None]:
     """Everything that lives as long as the gateway, begun and ended in order."""
-    settings, metrics = app[SETTINGS], app[METRICS]
+    settings, metrics = app[SETTINGS].now, app[METRICS]
     index = open_index(settings.index, timeout_s=settings.index_timeout_s)
     guard = Guard(timeout_s=settings.index_timeout_s, metrics=metrics)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
@@ -91,29 +91,26 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             lease_s=max(settings.lease_s, settings.keep_finished_s),
             metrics=metrics,
         )
-        decoders = DecodePool(
-            [DecodeClient(session, url) for url in settings.decode_engine],
-            poll_s=settings.poll_s,
-            lost=lambda engine: streams.engine_lost(engine),
-        )
-        streams = Streams(settings, keeper, decoders, metrics)
+        streams = Streams(settings, keeper, metrics)
         retrievals = Retrievals(settings, app.get(COLLECTIONS), metrics)
         prefixes = Prefixes(index, guard)
-        engines = Engines(
+        pool = Pool(
             session,
-            settings.engine,
-            plain_urls=settings.plain_engine,
-            poll_s=settings.poll_s,
-            policy=settings.routing,
-            prefixes=prefixes,
-            metrics=metrics,
-            lost=streams.engine_lost,
-            seen=prefixes.follow,
+            settings,
+            Callbacks(
+                lost=streams.engine_lost,
+                left=streams.leave,
+                seen=prefixes.follow,
+                removed=prefixes.unfollow,
+            ),
+            metrics,
+            decoding=DecodeClient,
         )
+        engines = Engines(pool, prefixes, settings.routing)
         with ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer") as executor:
             app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
             app[EXECUTOR], app[KEEPER], app[RETRIEVALS] = executor, keeper, retrievals
-            await asyncio.gather(engines.start(), decoders.start())
+            await pool.start()
             await keeper.start(streams.keep_again)
             await streams.start()
             loading = asyncio.create_task(_load_embedder(app.get(COLLECTIONS)))
@@ -122,7 +119,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             await retrievals.stop()
             await streams.stop()
             await keeper.stop()
-            await asyncio.gather(engines.stop(), decoders.stop())
+            await pool.stop()
             await prefixes.stop()
 
 

@@ -19,7 +19,7 @@ async def builder_for(app: web.Application, model: str) -> PromptBuilder:
     """
     builders = app[BUILDERS]
     if model not in builders:
-        settings = app[SETTINGS]
+        settings = app[SETTINGS].now
         make = lambda: PromptBuilder(  # noqa: E731
             settings.tokenizer or model, app[EXECUTOR], settings.token_cache
         )

@@ -20,7 +20,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,9 +28,9 @@ import msgspec
 
 from engine_adapter.errors import EngineError, EngineUnavailable
 from engine_adapter.messages import DoneEvent, Event, Sampling, TokenEvent
+from gateway.engines import AnyEngine, DecodeEngine, Engine
 from gateway.errors import EngineFailed, ModelNotFound
 from gateway.handoff import (
-    DecodeEngine,
     Decoders,
     Handoff,
     Rule,
@@ -40,7 +40,6 @@ from gateway.handoff import (
     queued,
 )
 from gateway.line import Asked, Line
-from gateway.placement import Engine
 from gateway.prompt import Prompt
 from gateway.telemetry import Metrics
 from gateway.told import Account, Differs, Told, hold_chars
@@ -55,26 +54,18 @@ MAX_RESUMED = 4
 Events = AbstractAsyncContextManager[AsyncIterator[Event]]
 
 
-@dataclass(frozen=True, slots=True)
-class Handing:
-    """What the answers of a gateway have in common."""
-
-    decoders: Decoders
-    rule: Rule
-    metrics: Metrics
-
-
 class Course:
     """One answer's course, to be run once. Cancelling that ends the answer at every engine."""
 
     def __init__(
         self,
         line: Line,
-        handing: Handing,
-        model: str,
+        decoders: Decoders,
+        rule: Rule,
+        metrics: Metrics,
+        *,
         prompt: Prompt,
         sampling: Sampling,
-        *,
         tell: Callable[[Event], None],
         free: Callable[[Engine | None, str], None],
     ) -> None:
@@ -85,10 +76,8 @@ class Course:
         """
         self.handoff: Handoff | None = None
         """What was decided; None while no engine has been asked."""
-        self._line = line
-        self._decoders, self._rule = handing.decoders, handing.rule
-        self._metrics = handing.metrics
-        self._model = model
+        self._line, self._decoders = line, decoders
+        self._rule, self._metrics = rule, metrics
         self._wanted, self._tail = prompt.open_tokens, prompt.tail
         self._sampling = sampling
         self._two_alike = is_greedy(sampling) or sampling.seed is not None
@@ -135,7 +124,7 @@ class Course:
                 return self._tell(done)
             leg = partial(self._hand_over, done.kv_transfer)
 
-    def engine_lost(self, engine: Engine | DecodeEngine) -> None:
+    def engine_lost(self, engine: AnyEngine) -> None:
         """An engine is gone, with all that it had. Without the line's engine an answer can't begin
         at the decode engine either: it has the KV."""
         if engine is self._line.engine:
@@ -350,7 +339,7 @@ class Course:
         length = self._prompt_tokens + (self._sampling.max_tokens or 1)
         for avoid in (self._failed, ()):
             try:
-                return self._decoders.choose(self._model, length, avoid)
+                return self._decoders.choose(length, avoid)
             except EngineFailed:
                 continue
         return None

@@ -5,18 +5,22 @@
      |   +- ContextTooLong       400  the chunk that crosses the model's length
      |   +- Unsupported          400  a parameter that can't be honoured
      |   +- UnknownDocument      400  an id alone, of which the stream has no text
+     +- NotAdmin                 401  an admin route without the admin key
      +- RetrievalRefused         403  this gateway does not retrieve that
      +- StreamNotFound           404  unknown, forgotten or never opened
      +- ModelNotFound            404  no engine serves that model
      +- CollectionNotFound       404
+     +- NoSuchEngine             404
      +- Conflict                 409
      |   +- InputClosed          409  chunk or finish after finish
      |   +- SequenceGap          409  the `seq` of a post skips one
      |   +- RetrievalUnderWay    409  a ranked list while the gateway itself ranks
      |   +- CollectionThere      409  there is one of that name
+     |   +- EngineThere          409  the pool has that engine
      +- BodyTooLarge             413
      +- RetrievalFailed          424  no source has found anything
      +- Overloaded               503  with Retry-After
+     +- Draining                 503  this gateway is about to end: ask another one
      +- IndexAway                503  nobody can say for now which replica holds the stream
      +- NotHeld                  421  between replicas: the stream is held by another one
      +- EngineFailed             503  no engine, or it died under the stream
@@ -139,6 +143,28 @@ class CollectionThere(Conflict):
     code = "collection_exists"
 
 
+class EngineThere(Conflict):
+    """The pool has an engine at that address."""
+
+    code = "engine_exists"
+
+
+class NoSuchEngine(GatewayError):
+    """The pool has no engine of that name."""
+
+    status, type, code = 404, "invalid_request_error", "engine_not_found"
+
+
+class NotAdmin(GatewayError):
+    """An admin route was asked for without the admin key."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_admin_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
 class BodyTooLarge(GatewayError):
     """The body is larger than the gateway takes."""
 
@@ -149,6 +175,16 @@ class Overloaded(GatewayError):
     """The gateway has as many streams as it may; try again later."""
 
     status, type, code = 503, "overloaded_error", "overloaded"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
+
+
+class Draining(GatewayError):
+    """This gateway is about to end and takes no new streams; another one does."""
+
+    status, type, code = 503, "server_error", "draining"
 
     @property
     def headers(self) -> dict[str, str]:

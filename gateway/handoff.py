@@ -11,9 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from engine_adapter.messages import EngineInfo, Sampling
-from engine_adapter.operations import Decoding
-from gateway.placement import Engine
+from engine_adapter.messages import Sampling
+from gateway.engines import DecodeEngine, Engine
 from gateway.routing import OPEN_TOKENS
 
 Reason = Literal["engine_cannot", "short_answer", "no_decode_engine", "idle_engine", "busy_engine"]
@@ -21,27 +20,10 @@ Reason = Literal["engine_cannot", "short_answer", "no_decode_engine", "idle_engi
 or enough, to read for other prompts. The others are what they say."""
 
 
-class DecodeEngine(Protocol):
-    """An engine that decodes what others have prefilled."""
-
-    streams: int
-    """Answers under way there."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def client(self) -> Decoding: ...
-
-    @property
-    def info(self) -> EngineInfo | None:
-        """What it last said; None while it does not answer."""
-
-
 class Decoders(Protocol):
-    """Finds decode engines."""
+    """Finds decode engines for one model."""
 
-    def choose(self, model: str, length: int, avoid: Collection[DecodeEngine]) -> DecodeEngine:
+    def choose(self, length: int, avoid: Collection[DecodeEngine]) -> DecodeEngine:
         """An engine for an answer. Choosing changes nothing.
 
         Args:

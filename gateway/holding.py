@@ -77,7 +77,7 @@ def on_stream(
 
     def decorate(handler: Handler) -> Route:
         async def route(request: web.Request) -> web.StreamResponse:
-            body = await read_body(request, limit(request.app[SETTINGS]))
+            body = await read_body(request, limit(request.app[SETTINGS].now))
             for attempt in range(MAX_ATTEMPTS):
                 await asyncio.sleep(PAUSE_S * attempt)
                 with suppress(Moved):
@@ -188,7 +188,7 @@ async def _send_on(
     async with answer:
         if answer.status == NotHeld.status:
             raise Moved
-        silence_s = 3 * app[SETTINGS].heartbeat_s if answer.content_type == SSE else None
+        silence_s = 3 * app[SETTINGS].now.heartbeat_s if answer.content_type == SSE else None
         try:
             return await relay(request, answer, silence_s)
         except (asyncio.CancelledError, ConnectionError):

@@ -10,12 +10,12 @@ from gateway.keeper import Keeper
 from gateway.placement import Engines
 from gateway.prompt import PromptBuilder
 from gateway.retrieving import Retrievals
-from gateway.settings import Settings
+from gateway.settings import Current
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
 from retrieval.collections.store import Collections
 
-SETTINGS = web.AppKey("settings", Settings)
+SETTINGS = web.AppKey("settings", Current)
 METRICS = web.AppKey("metrics", Metrics)
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 STREAMS = web.AppKey("streams", Streams)

@@ -34,7 +34,8 @@ from engine_adapter.messages import (
     Sampling,
 )
 from engine_adapter.operations import Operations
-from gateway.placement import Engine
+from gateway.engines import Engine
+from gateway.handoff import Decoders
 from gateway.prompt import difference
 from gateway.routing import Decision
 from gateway.telemetry import Metrics
@@ -49,7 +50,7 @@ MAX_ATTEMPTS = 4
 """How often one thing is asked of engines that lost the prompt, are behind, or are gone."""
 
 
-class Placer(Protocol):
+class Placer(Decoders, Protocol):
     """Finds engines for one model."""
 
     @property

@@ -1,79 +1,17 @@
-"""The engines behind this gateway: which answer, and which one takes a prompt."""
+"""Which engine takes a prompt, and which one decodes what another has read."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import aiohttp
+from gateway.engines import DecodeEngine, Engine
+from gateway.errors import EngineFailed, ModelNotFound, Overloaded
+from gateway.pool import Pool
+from gateway.routing import POLICIES, Decision
 
-from cache_index.names import ALGORITHMS, Hashing
-from engine_adapter.client import EngineClient
-from engine_adapter.errors import EngineError, WithoutPlugin
-from engine_adapter.messages import EngineInfo
-from engine_adapter.operations import Operations
-from engine_adapter.plain_client import PlainClient
-from gateway.errors import EngineFailed, ModelNotFound
-from gateway.routing import POLICIES, Candidate, Decision
-from gateway.telemetry import Metrics
-
-logger = logging.getLogger(__name__)
-
-POLL_TIMEOUT_S = 10.0
-"""An engine's answer to `info` may wait for a step under way, but not longer than this."""
-
-
-@dataclass(eq=False, slots=True)
-class Engine:
-    """One engine as the gateway knows it."""
-
-    client: Operations
-    info: EngineInfo | None = None
-    """What it last said; None while it does not answer."""
-    streams: int = field(default=0)
-    """Streams placed there whose answer is not complete."""
-    placed_tokens: int = field(default=0)
-    """Of the prompts placed there since it was last asked."""
-    streams_told: int = field(default=0)
-    """What `streams` was when it was last asked."""
-    trouble: str = ""
-    """Why it does not answer, as far as that was logged."""
-
-    @property
-    def url(self) -> str:
-        return self.client.url
-
-    @property
-    def keeps_prompts(self) -> bool:
-        """Whether it can tell another gateway what it has of a prompt."""
-        return self.info is not None and "tokens" in self.info.operations
-
-    @property
-    def hashing(self) -> Hashing | None:
-        """How it names blocks; None if it does not say, or in a way that is not known here."""
-        events = None if self.info is None else self.info.kv_events
-        if events is None or events.hash_algorithm not in ALGORITHMS:
-            return None
-        root = bytes.fromhex(events.hash_root)
-        return Hashing(events.hash_algorithm, events.block_size, root)
-
-    def candidate(self, held_tokens: int) -> Candidate:
-        """As the choice sees it. It has answered at least once."""
-        info = self.info
-        assert info is not None
-        used = 1 - info.kv_blocks_free / info.kv_blocks_total if info.kv_blocks_total else 0.0
-        return Candidate(
-            url=self.url,
-            streams=self.streams,
-            waiting_tokens=info.waiting_tokens + self.placed_tokens,
-            open_prompts=max(info.open_prompts + self.streams - self.streams_told, 0),
-            running=info.running,
-            kv_use=used,
-            held_tokens=held_tokens,
-        )
+__all__ = ["Engine", "Engines", "ModelPlacer", "Prefixes"]
 
 
 class Prefixes(Protocol):
@@ -88,78 +26,72 @@ class Prefixes(Protocol):
 
 
 class Engines:
-    """All engines, each watched by a task. `lost` is called when one is gone or was restarted:
-    its prompts no longer exist."""
+    """Chooses among the engines of a pool."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        urls: Sequence[str],
-        *,
-        plain_urls: Sequence[str] = (),
-        poll_s: float,
-        policy: str,
-        prefixes: Prefixes,
-        metrics: Metrics,
-        lost: Callable[[Engine], None],
-        seen: Callable[[Engine], None],
-    ) -> None:
+    def __init__(self, pool: Pool, prefixes: Prefixes, policy: str) -> None:
         """
         Args:
-            urls: of engines with the plug-in.
-            plain_urls: of servers that were not modified.
             policy: one of `routing.POLICIES`.
-            seen: called after every answer of an engine.
         """
+        self.pool = pool
         self.policy = policy
         self._prefixes = prefixes
-        self._seen = seen
         self._placed = 0
-        self.all = (
-            *(Engine(EngineClient(session, url)) for url in urls),
-            *(Engine(PlainClient(session, url)) for url in plain_urls),
-        )
-        self._poll_s = poll_s
-        self._metrics = metrics
-        self._lost = lost
-        self._tasks: list[asyncio.Task[None]] = []
-        self._changed = asyncio.Event()
 
-    async def start(self) -> None:
-        """Ask every engine once, then keep asking."""
-        await asyncio.gather(*(self.check(engine) for engine in self.all))
-        self._tasks = [asyncio.create_task(self._watch(engine)) for engine in self.all]
-
-    async def stop(self) -> None:
-        """End the tasks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(engine.client.close() for engine in self.all))
+    @property
+    def all(self) -> list[Engine]:
+        """The engines that read prompts."""
+        return self.pool.all
 
     @property
     def ready(self) -> list[Engine]:
-        """The engines that answer."""
-        return [engine for engine in self.all if engine.info is not None]
+        """Those of them that answer."""
+        return self.pool.ready
 
     def by_url(self, url: str) -> Engine | None:
         """The engine at an address, if it is one of these."""
-        return next((engine for engine in self.all if engine.url == url), None)
+        return self.pool.by_url(url)
 
     def serving(self, model: str) -> list[Engine]:
-        """The engines that answer and serve a model, one or more.
+        """The engines that serve a model and take streams, one or more.
 
         Raises:
-            EngineFailed: no engine answers.
+            EngineFailed: no engine answers, or none of these takes any.
             ModelNotFound: none that answers serves the model.
         """
+        fit = [engine for engine in self._with(model) if engine.takes]
+        if not fit:
+            raise EngineFailed(f"no engine of {model!r} takes streams now")
+        return fit
+
+    def _with(self, model: str) -> list[Engine]:
+        """The engines that serve a model and answer, one or more."""
         if not self.ready:
             raise EngineFailed("no engine can be reached")
-        fit = [e for e in self.ready if e.info is not None and e.info.model == model]
+        fit = [engine for engine in self.ready if engine.serves(model)]
         if not fit:
             served = sorted({e.info.model for e in self.ready if e.info is not None})
             raise ModelNotFound(f"no engine serves {model!r}; served: {served}", param="model")
         return fit
+
+    def admit(self, model: str, alive: int) -> None:
+        """Refuse a new stream that no engine would have room for. One that was let in is placed,
+        whatever has happened since.
+
+        Args:
+            alive: streams of this model that have not ended, placed or not.
+
+        Raises:
+            Overloaded, EngineFailed, ModelNotFound
+        """
+        fit = self.serving(model)
+        most = self.pool.most_streams
+        if most is None:
+            return
+        unplaced = alive - sum(engine.streams for engine in self.all if engine.serves(model))
+        room = sum(max(most - engine.load, 0) for engine in fit)
+        if room <= max(unplaced, 0):
+            raise Overloaded(f"every engine of {model!r} has as many streams as it may")
 
     async def place(
         self, model: str, tokens: Sequence[int], avoid: set[Engine]
@@ -173,10 +105,11 @@ class Engines:
         fit = [engine for engine in self.serving(model) if engine not in avoid]
         if not fit:
             raise EngineFailed("the engine of this stream died, and there is no other")
+        fit = [engine for engine in fit if self.pool.has_room(engine)] or fit
         held: Mapping[str, int] = {}
         if self.policy == "prefix" and len(fit) > 1:
             held = await self._prefixes.held(fit, tokens)
-            fit = [engine for engine in fit if engine.info is not None]  # time has passed
+            fit = [engine for engine in fit if engine.takes]  # time has passed
             if not fit:
                 raise EngineFailed("no engine can be reached")
         candidates = [engine.candidate(held.get(engine.url, 0)) for engine in fit]
@@ -184,57 +117,48 @@ class Engines:
         engine = fit[candidates.index(best)]
         self._placed += 1
         engine.placed_tokens += len(tokens) - held.get(engine.url, 0)
+        self.pool.placed(engine)
         if held:
             self._prefixes.sent(engine, tokens)
         return engine, Decision(self.policy, engine.url, len(tokens), scores)
 
     def any(self) -> Engine:
-        """The engine with the fewest streams.
+        """The engine with the least to do, for a request that is passed through.
 
         Raises:
             EngineFailed: no engine answers.
+            Overloaded: none has room.
         """
         if not self.ready:
             raise EngineFailed("no engine can be reached")
-        return min(self.ready, key=lambda engine: engine.streams)
+        fit = [engine for engine in self.ready if engine.takes]
+        if not fit:
+            raise EngineFailed("no engine takes requests now")
+        fit = [engine for engine in fit if self.pool.has_room(engine)]
+        if not fit:
+            raise Overloaded("every engine has as many requests as it may")
+        engine = min(fit, key=lambda engine: engine.load)
+        self.pool.placed(engine)
+        return engine
 
-    async def check(self, engine: Engine) -> None:
-        """Ask an engine for its info and act on what changed."""
-        before = engine.info
-        try:
-            engine.info = await engine.client.info(timeout_s=POLL_TIMEOUT_S)
-        except EngineError as e:
-            engine.info = None
-            _log_trouble(engine, e)
-        else:
-            engine.placed_tokens, engine.streams_told = 0, engine.streams
-            engine.trouble = ""
-            if before is None:
-                _log_ready(engine.url, engine.info)
-        self._metrics.engine_up.labels(engine.url).set(engine.info is not None)
-        same = engine.info is not None and before is not None
-        if before is not None and not (same and engine.info.instance_id == before.instance_id):  # type: ignore[union-attr]
-            self._lost(engine)
-        self._seen(engine)
+    def choose(self, model: str, length: int, avoid: Collection[DecodeEngine]) -> DecodeEngine:
+        """The decode engine with the least to do. Choosing changes nothing.
 
-    async def _watch(self, engine: Engine) -> None:
-        while True:
-            await asyncio.sleep(self._poll_s)
-            await self.check(engine)
+        Args:
+            length: tokens of the prompt and of the answer, as far as that is known.
 
-
-def _log_trouble(engine: Engine, error: EngineError) -> None:
-    """Why an engine does not answer, once."""
-    if error.message != engine.trouble:
-        engine.trouble = error.message
-        hint = "; name it with --plain-engine" if isinstance(error, WithoutPlugin) else ""
-        logger.warning("engine %s can't be used: %s%s", engine.url, error, hint)
-
-
-def _log_ready(url: str, info: EngineInfo) -> None:
-    logger.info("engine %s serves %s (%s)", url, info.model, info.engine)
-    if info.lacks:
-        logger.info("engine %s lacks %s", url, "; ".join(info.lacks))
+        Raises:
+            EngineFailed: there is none but those to avoid.
+        """
+        fit = [
+            engine
+            for engine in self.pool.decoders
+            if engine.serves(model) and engine.takes and engine not in avoid
+            and self.pool.has_room(engine) and engine.fits(length)
+        ]  # fmt: skip
+        if not fit:
+            raise EngineFailed(f"no decode engine of {model!r} takes an answer")
+        return min(fit, key=lambda engine: (engine.busy, engine.streams))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +180,11 @@ class ModelPlacer:
         """Whether the choice depends on the documents, so that it should wait for them."""
         if self.engines.policy != "prefix":
             return False
-        models = [e.info.model for e in self.engines.ready if e.info is not None]
-        return models.count(self.model) > 1
+        return sum(e.takes and e.serves(self.model) for e in self.engines.ready) > 1
+
+    def choose(self, length: int, avoid: Collection[DecodeEngine]) -> DecodeEngine:
+        """See `Engines.choose`."""
+        return self.engines.choose(self.model, length, avoid)
 
     async def place(self, tokens: Sequence[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
         """See `Engines.place`."""

@@ -15,8 +15,8 @@ from cache_index.kv_events import Follower
 from cache_index.mirror import Snapshot
 from cache_index.names import Hashing, packed
 from engine_adapter.messages import KvEvents
+from gateway.engines import AnyEngine, Engine
 from gateway.guard import Guard
-from gateway.placement import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +90,13 @@ class Prefixes:
 
     # Keeping the index true.
 
-    def follow(self, engine: Engine) -> None:
+    def follow(self, engine: AnyEngine) -> None:
         """Follow an engine from now on as it says it can be followed, if it does."""
-        if engine.info is None:
+        if engine.info is None or not isinstance(engine, Engine):
             return
         events, before = engine.info.kv_events, self._following.get(engine.url)
         if before is not None and before.events != events:
-            del self._following[engine.url]
-            stopping = asyncio.create_task(self._stop_following(engine.url, before))
-            self._stopping.add(stopping)
-            stopping.add_done_callback(self._stopping.discard)
+            self.unfollow(engine)
         if events is None or engine.hashing is None or engine.url in self._following:
             return
         source = Source.at(engine.url, events.endpoint, events.replay_endpoint, events.topic)
@@ -119,6 +116,13 @@ class Prefixes:
         self._following[engine.url] = _Following(follower, events, engine.hashing.family)
         follower.start()
         logger.info("following what %s holds", engine.url)
+
+    def unfollow(self, engine: AnyEngine) -> None:
+        """What an engine holds is of no use any more."""
+        if (following := self._following.pop(engine.url, None)) is not None:
+            stopping = asyncio.create_task(self._stop_following(engine.url, following))
+            self._stopping.add(stopping)
+            stopping.add_done_callback(self._stopping.discard)
 
     async def _stop_following(self, url: str, following: _Following) -> None:
         """The engine was started anew, in another way: what it held under those names is gone."""

@@ -124,7 +124,7 @@ routes = [
 
 
 async def _body(request: web.Request) -> bytes:
-    return await read_body(request, request.app[SETTINGS].max_chunk_bytes)
+    return await read_body(request, request.app[SETTINGS].now.max_chunk_bytes)
 
 
 async def _passages(request: web.Request) -> list[Passage]:
@@ -134,7 +134,7 @@ async def _passages(request: web.Request) -> list[Passage]:
         BadRequest: a line is none; it is named by its number.
         BodyTooLarge
     """
-    settings = request.app[SETTINGS]
+    settings = request.app[SETTINGS].now
     left, passages = settings.max_body_bytes, list[Passage]()
     async for line in read_lines(request, settings.max_chunk_bytes):
         left -= len(line)

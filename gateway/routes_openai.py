@@ -17,7 +17,7 @@ from gateway.routes_streams import completion
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answered here if the gateway is to retrieve the context, else passed through."""
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    body = await read_body(request, request.app[SETTINGS].now.max_body_bytes)
     if b'"retrieval"' in body and _has_retrieval(body):
         return await completion(request, read(Create, body))
     return await _pass(request, body)
@@ -32,24 +32,26 @@ def _has_retrieval(body: bytes) -> bool:
 
 async def passed_through(request: web.Request) -> web.StreamResponse:
     """Send the request on as it is, and its answer back as it comes."""
-    return await _pass(request, await read_body(request, request.app[SETTINGS].max_body_bytes))
+    return await _pass(request, await read_body(request, request.app[SETTINGS].now.max_body_bytes))
 
 
 async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
     if b'"kv_transfer_params"' in body:  # engines trust each other's, not a client's
         raise BadRequest("kv_transfer_params is not for clients", param="kv_transfer_params")
-    engine = request.app[ENGINES].any()
+    engines = request.app[ENGINES]
+    engine = engines.any()
     timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
     try:
-        async with request.app[SESSION].request(
-            request.method,
-            engine.url + request.path_qs,
-            data=body or None,
-            headers=end_to_end(request.headers),
-            timeout=timeout,
-            allow_redirects=False,
-        ) as answer:
-            return await relay(request, answer)
+        with engines.pool.passing(engine):
+            async with request.app[SESSION].request(
+                request.method,
+                engine.url + request.path_qs,
+                data=body or None,
+                headers=end_to_end(request.headers),
+                timeout=timeout,
+                allow_redirects=False,
+            ) as answer:
+                return await relay(request, answer)
     except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as e:
         raise EngineFailed(f"the engine can't be reached: {e}") from e
 

@@ -54,7 +54,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     """Open a stream; with a body of NDJSON, open, feed and finish it in one request."""
     if request.content_type == NDJSON:
         return await _one_request(request)
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    body = await read_body(request, request.app[SETTINGS].now.max_body_bytes)
     return _json(await _describe(await _open(request.app, read(Create, body), kept=True)), 201)
 
 
@@ -121,7 +121,7 @@ async def _open(app: web.Application, body: Create, *, kept: bool) -> Stream:
     Raises:
         BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
     """
-    app[ENGINES].serving(body.model)
+    app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))
     wanted = body.wanted
     plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
     builder = await builder_for(app, body.model)
@@ -192,7 +192,7 @@ def _known(stream: Stream, name: str) -> Document:
 
 async def _one_request(request: web.Request) -> web.StreamResponse:
     """First line the request, then chunks, then `{"finish": true}`."""
-    limit = request.app[SETTINGS].max_chunk_bytes
+    limit = request.app[SETTINGS].now.max_chunk_bytes
     stream: Stream | None = None
     try:
         async with aclosing(read_lines(request, limit)) as lines:
@@ -264,7 +264,7 @@ async def _answer(request: web.Request, stream: Stream, options: Options) -> web
 async def _whole(request: web.Request, stream: Stream) -> web.Response:
     whole = Whole(stream)
     while True:
-        match await stream.next_event(request.app[SETTINGS].heartbeat_s):
+        match await stream.next_event(request.app[SETTINGS].now.heartbeat_s):
             case TokenEvent() as event:
                 whole.add(event)
             case DoneEvent() as done:
@@ -286,7 +286,7 @@ async def _sse(request: web.Request, stream: Stream, options: Options) -> web.St
     await response.prepare(request)
     await response.write(chunks.first())
     while True:
-        event = await stream.next_event(request.app[SETTINGS].heartbeat_s)
+        event = await stream.next_event(request.app[SETTINGS].now.heartbeat_s)
         if event is None:
             await response.write(HEARTBEAT)
             continue

@@ -7,6 +7,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -34,8 +35,8 @@ class Settings:
     )
     decode_engine: tuple[str, ...] = _setting(
         (),
-        "URL of an unmodified engine that decodes what the others have prefilled and hand over; "
-        "may be given several times",
+        "URL of an engine that decodes prompts which others have prefilled; may be given several "
+        "times",
     )
     tokenizer: str | None = _setting(
         None, "folder or name of the model's tokenizer (default: the model name the engine says)"
@@ -63,6 +64,22 @@ class Settings:
         10.0, "longest wait for a decode engine to fetch a prompt's KV; then it is read anew"
     )
     routing: str = _setting("prefix", "which engine: " + ", ".join(POLICIES))
+    engine_max_streams: int = _setting(
+        0, "streams and requests at once on one engine; more are answered 503 (0: any number)"
+    )
+    eject_after: int = _setting(
+        3, "operations in a row that fail before an engine gets no streams for a while"
+    )
+    drain_timeout_s: float = _setting(
+        30.0, "how long what is open may take to end when an engine or the gateway is drained"
+    )
+    admin_port: int = _setting(0, "port of the admin routes (0: none)")
+    admin_host: str = _setting("127.0.0.1", "address of the admin routes")
+    admin_key_file: str | None = _setting(
+        None,
+        "file with the key that admin routes ask for, or with `sha256:` and its hash in hex "
+        "(default: none, on this machine only)",
+    )
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
     max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")
     max_body_bytes: int = _setting(16 << 20, "largest body of any other request")
@@ -70,6 +87,9 @@ class Settings:
     keep_finished_s: float = _setting(60.0, "how long an ended stream can still be looked up")
     lease_s: float = _setting(60.0, "engines free a stream when the gateway is silent so long")
     poll_s: float = _setting(0.5, "how often engines are asked for their health and load")
+    poll_timeout_s: float = _setting(
+        10.0, "an engine that says nothing for so long is away: it may have a step under way"
+    )
     heartbeat_s: float = _setting(5.0, "comment lines on a waiting SSE answer come this often")
     token_cache: int = _setting(4096, "chunks whose tokens are remembered")
     crawl: bool = _setting(False, "let streams have the gateway crawl web sites")
@@ -98,7 +118,7 @@ class Settings:
         for name in _ABOVE_ZERO:
             if getattr(self, name) <= 0:
                 raise SettingsError(name, "must be above 0")
-        for name in ("crawl_max_depth", "crawl_delay_s"):
+        for name in ("crawl_max_depth", "crawl_delay_s", "engine_max_streams", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise SettingsError(name, "must not be below 0")
         if not all(port.isdecimal() and 0 < int(port) < 65536 for port in self.crawl_ports):
@@ -109,16 +129,30 @@ class Settings:
             raise SettingsError("crawl_networks", str(e)) from e
         if self.routing not in POLICIES:
             raise SettingsError("routing", f"must be one of {', '.join(POLICIES)}")
-        if not 0 <= self.port < 65536:
-            raise SettingsError("port", "must be between 0 and 65535")
+        for name in ("port", "admin_port"):
+            if not 0 <= getattr(self, name) < 65536:
+                raise SettingsError(name, "must be between 0 and 65535")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingsError("log_level", "must be debug, info, warning or error")
         advertise = (self.advertise,) if self.advertise else ()
-        named = {name: getattr(self, name) for name in ("engine", "plain_engine", "decode_engine")}
-        for name, urls in (*named.items(), ("advertise", advertise)):
+        named = {
+            "engine": self.engine,
+            "plain_engine": self.plain_engine,
+            "decode_engine": self.decode_engine,
+            "advertise": advertise,
+        }
+        for name, urls in named.items():
             for url in urls:
                 if not url.startswith(("http://", "https://")):
                     raise SettingsError(name, f"{url!r} is no http(s) URL")
+        engines = [
+            url.rstrip("/") for url in (*self.engine, *self.plain_engine, *self.decode_engine)
+        ]
+        for url in engines:
+            if engines.count(url) > 1:
+                raise SettingsError("engine", f"{url} is named twice")
+        if self.admin_port and not self.admin_key_file and not _is_loopback(self.admin_host):
+            raise SettingsError("admin_key_file", "admin routes that others can reach need a key")
         if self.index and not self.advertise and self.host in ("0.0.0.0", "::", ""):
             raise SettingsError("advertise", "other gateways need a URL to reach this one by")
 
@@ -138,14 +172,33 @@ class Settings:
         )
 
 
+AT_RUN_TIME = frozenset(
+    {
+        "engine", "plain_engine", "decode_engine", "routing", "engine_max_streams", "eject_after",
+        "drain_timeout_s", "max_streams", "max_chunk_bytes", "max_body_bytes", "idle_timeout_s",
+        "keep_finished_s", "lease_s", "poll_s", "poll_timeout_s", "heartbeat_s", "log_level",
+        "handoff_min_tokens", "handoff_idle_tokens", "handoff_timeout_s",
+    }
+)  # fmt: skip
+"""What a running gateway can be told anew; the rest is read when it starts."""
+
 _FROM_ONE = (
-    "handoff_min_tokens", "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache",
-    "crawl_max_pages", "max_retrievals",
+    "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache", "crawl_max_pages",
+    "max_retrievals", "eject_after", "handoff_min_tokens",
 )  # fmt: skip
 _ABOVE_ZERO = (
-    "handoff_timeout_s", "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s",
-    "poll_s", "heartbeat_s", "retrieval_max_s",
+    "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
+    "retrieval_max_s", "poll_timeout_s", "handoff_timeout_s",
 )  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class SettingsError(Exception):
@@ -231,3 +284,11 @@ def load(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settin
     }
     values |= {name: value for name, value in flags.items() if value is not None}
     return replace(Settings(), **{key: _convert(key, value) for key, value in values.items()})
+
+
+class Current:
+    """The settings in force. Whoever needs one that can change at run time reads it here, each time
+    anew."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.now = settings

@@ -25,7 +25,8 @@ from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, Event, Progress
 from gateway.answering import Answering
 from gateway.books import Books
-from gateway.course import Course, Handing
+from gateway.course import Course
+from gateway.engines import AnyEngine, Engine
 from gateway.errors import (
     EngineFailed,
     GatewayError,
@@ -33,11 +34,10 @@ from gateway.errors import (
     SequenceGap,
     from_engine,
 )
-from gateway.handoff import DecodeEngine
+from gateway.handoff import Rule
 from gateway.keeper import Keeper, Moved
 from gateway.known import KnownDocuments
 from gateway.line import Line, Placer, abort
-from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
 from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
@@ -67,7 +67,7 @@ class Stream:
         lease_s: float,
         placer: Placer,
         keeper: Keeper | None,
-        handing: Handing,
+        rule: Rule,
         metrics: Metrics,
         ended: Callable[[Stream], None],
         moved: Callable[[Stream], None],
@@ -110,7 +110,7 @@ class Stream:
         self._answer_task: asyncio.Task[None] | None = None
         self._last_words: list[asyncio.Task[None]] = []
         self._answering = Answering(metrics)
-        self._handing = handing
+        self._rule = rule
 
     @property
     def ended(self) -> bool:
@@ -424,7 +424,7 @@ class Stream:
 
     # How the engine gets to it.
 
-    def engine_lost(self, engine: Engine | DecodeEngine) -> None:
+    def engine_lost(self, engine: AnyEngine) -> None:
         """An engine is gone. If it is this stream's, begin again on another."""
         if self.state == "finishing" and self.course is not None and self.course.begun:
             self.course.engine_lost(engine)
@@ -466,8 +466,8 @@ class Stream:
         assert sampling is not None
         self._changed.set()  # a pump that waits for input sees that there is no more
         self.course = Course(
-            self.line, self._handing, self.model, self.prompt, sampling,
-            tell=self._pass_on, free=self._free,
+            self.line, self._placer, self._rule, self._metrics, prompt=self.prompt,
+            sampling=sampling, tell=self._pass_on, free=self._free,
         )  # fmt: skip
         with self._failing():
             await self.course.run()

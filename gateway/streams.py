@@ -6,16 +6,16 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
-from gateway.course import Handing
+from gateway.engines import AnyEngine
 from gateway.errors import Overloaded
-from gateway.handoff import DecodeEngine, Decoders, Rule
+from gateway.handoff import Rule
 from gateway.keeper import Keeper, Moved
-from gateway.line import Placer
-from gateway.placement import Engine
+from gateway.line import Placer, abort
 from gateway.prompt import Prompt
 from gateway.record import Found, Ledger
 from gateway.requests import Options
@@ -33,21 +33,20 @@ AT_ONCE = 64
 class Streams:
     """The streams by id, and the task that looks after the silent ones."""
 
-    def __init__(
-        self, settings: Settings, keeper: Keeper, decoders: Decoders, metrics: Metrics
-    ) -> None:
+    def __init__(self, settings: Settings, keeper: Keeper, metrics: Metrics) -> None:
         self._settings = settings
-        rule = Rule(
-            settings.handoff_min_tokens, settings.handoff_idle_tokens, settings.handoff_timeout_s
-        )
-        self._handing = Handing(decoders, rule, metrics)
         self._keeper = keeper
         self._metrics = metrics
         self._streams: dict[str, Stream] = {}
         self._alive = 0
+        self._alive_of: Counter[str] = Counter()
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = asyncio.Semaphore(AT_ONCE)
+
+    def use(self, settings: Settings) -> None:
+        """Go by these settings from now on."""
+        self._settings = settings
 
     async def start(self) -> None:
         """Begin to look after the streams."""
@@ -108,24 +107,42 @@ class Streams:
             lease_s=self._settings.lease_s,
             placer=placer,
             keeper=self._keeper if kept else None,
-            handing=self._handing,
+            rule=self._rule(),
             metrics=self._metrics,
             ended=self._ended,
             moved=self._moved,
         )
         self._streams[stream_id] = stream
         self._alive += 1
+        self._alive_of[model] += 1
         self._metrics.open_streams.set(self._alive)
         return stream
+
+    def _rule(self) -> Rule:
+        now = self._settings
+        return Rule(now.handoff_min_tokens, now.handoff_idle_tokens, now.handoff_timeout_s)
 
     def find(self, stream_id: str) -> Stream | None:
         """The stream of an id, if this replica holds it."""
         return self._streams.get(stream_id)
 
-    def engine_lost(self, engine: Engine | DecodeEngine) -> None:
+    def alive(self, model: str) -> int:
+        """Streams of a model that have not ended."""
+        return self._alive_of[model]
+
+    def engine_lost(self, engine: AnyEngine) -> None:
         """Streams of an engine that is gone go on elsewhere, or fail."""
         for stream in list(self._streams.values()):
             stream.engine_lost(engine)
+
+    def leave(self, engine: AnyEngine, answered_too: bool) -> None:
+        """Streams of an engine that is to get no more go on elsewhere, as if it were gone, and free
+        its memory, if it is still there. Those whose input is closed stay, or have to go too."""
+        for stream in list(self._streams.values()):
+            if answered_too or stream.state == "open":
+                if stream.line.engine is engine:
+                    self._look_after(abort(stream.line.engine, stream.line.prompt_id))
+                stream.engine_lost(engine)
 
     async def keep_again(self) -> None:
         """Write every record anew."""
@@ -135,6 +152,7 @@ class Streams:
 
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
+        self._alive_of[stream.model] -= 1
         self._metrics.open_streams.set(self._alive)
         if stream.retrieval is not None:
             stream.retrieval.cancel()
@@ -147,9 +165,12 @@ class Streams:
         while True:
             await asyncio.sleep(SWEEP_S)
             for work in self._due(time.monotonic()):  # nobody waits: one may take long
-                task = asyncio.create_task(work)
-                self._work.add(task)
-                task.add_done_callback(self._done)
+                self._look_after(work)
+
+    def _look_after(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)

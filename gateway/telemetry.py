@@ -19,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._standings: dict[str, str] = {}
         self.open_streams = Gauge(
             "stream2llm_open_streams",
             "Streams not ended yet",
@@ -98,6 +99,18 @@ class Metrics:
         self.engine_up = Gauge(
             "stream2llm_engine_up", "1 if an engine answers", ["engine"], registry=self.registry
         )
+        self.engine_standing = Gauge(
+            "stream2llm_engine_standing",
+            "1 for what an engine is now: healthy, ejected, half-open, away, draining or drained",
+            ["engine", "standing"],
+            registry=self.registry,
+        )
+        self.ejections = Counter(
+            "stream2llm_engine_ejections_total",
+            "How often an engine's operations failed so that it got no streams for a while",
+            ["engine"],
+            registry=self.registry,
+        )
 
         self.index_up = Gauge(
             "stream2llm_index_up", "1 if the index answers in time", registry=self.registry
@@ -123,6 +136,20 @@ class Metrics:
             "Streams whose holder was gone",
             registry=self.registry,
         )
+
+    def show_engine(self, url: str, standing: str) -> None:
+        """What an engine is now."""
+        if (before := self._standings.get(url)) != standing:
+            if before is not None:
+                self.engine_standing.remove(url, before)
+            self._standings[url] = standing
+        self.engine_standing.labels(url, standing).set(1)
+
+    def forget_engine(self, url: str) -> None:
+        """An engine is no longer of the pool."""
+        if (before := self._standings.pop(url, None)) is not None:
+            self.engine_standing.remove(url, before)
+            self.engine_up.remove(url)
 
     def render(self) -> bytes:
         """The text exposition format."""

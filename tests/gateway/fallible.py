@@ -30,8 +30,8 @@ from engine_adapter.messages import (
     TokenEvent,
     TokenLogprob,
 )
+from gateway.engines import DecodeEngine, Engine
 from gateway.errors import EngineFailed
-from gateway.placement import Engine
 from gateway.routing import Decision
 
 MODEL = "fallible"
@@ -133,7 +133,6 @@ class Fallible:
     """Of its answers, one after the other; then they succeed."""
     burst: int = 1
     alive: bool = True
-    streams: int = 0
     under_way: int = 0
     """Answers being read."""
     asked: list[Sampling] = field(default_factory=list)
@@ -202,7 +201,8 @@ class Prefill(Fallible):
         self.prompts: dict[str, list[int]] = {}
         self.finished: set[str] = set()
         self.leased: dict[str, list[int]] = {}
-        self.engine = Engine(self, self.described())  # type: ignore[arg-type]
+        client: Any = self
+        self.engine = Engine(url=self.url, role="engine", client=client, info=self.described())
 
     def described(self) -> EngineInfo:
         return EngineInfo(
@@ -304,16 +304,16 @@ class Prefill(Fallible):
 class Decode(Fallible):
     """An engine that decodes."""
 
-    info: EngineInfo | None = None
     fetched = 0
 
-    @property
-    def client(self) -> Decode:
-        return self
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name, **options)
+        client: Any = self
+        self.engine = DecodeEngine(url=self.url, role="decode", client=client)
 
     @property
     def is_clean(self) -> bool:
-        return self.streams == 0 and self.under_way == 0
+        return self.engine.streams == 0 and self.under_way == 0
 
     @asynccontextmanager
     async def answer(
@@ -357,8 +357,8 @@ class World:
             raise EngineFailed("there is no other engine")
         return fit[0], Decision("first", fit[0].url, len(tokens), {})
 
-    def choose(self, model: str, length: int, avoid: Collection[Any]) -> Decode:
-        fit = [engine for engine in self.decode if engine not in avoid]
+    def choose(self, length: int, avoid: Collection[DecodeEngine]) -> DecodeEngine:
+        fit = [d.engine for d in self.decode if d.engine not in avoid]
         if not fit:
             raise EngineFailed("there is no decode engine")
         return fit[0]

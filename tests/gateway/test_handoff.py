@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
 from gateway import course
-from gateway.course import Handing
 from gateway.handoff import Handoff, Rule, Situation, decide
 from gateway.prompt import Document, Prompt
 from gateway.requests import Options
@@ -67,7 +66,7 @@ def stream_in(world: World, rule: Rule = RULE) -> Stream:
         lease_s=60,
         placer=world,
         keeper=None,
-        handing=Handing(world, rule, metrics),
+        rule=rule,
         metrics=metrics,
         ended=lambda _: None,
         moved=lambda _: None,
@@ -191,7 +190,7 @@ async def test_each_engine_counts_the_stream_while_it_has_something_of_it() -> N
     async with begun(World([prefill], [decode])) as stream:
 
         async def counts_are(*wanted: int) -> bool:
-            return (prefill.engine.streams, decode.streams) == wanted
+            return (prefill.engine.streams, decode.engine.streams) == wanted
 
         await until(lambda: counts_are(1, 0), within_s=1)
         await stream.finish(GREEDY)

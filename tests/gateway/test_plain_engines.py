@@ -78,7 +78,7 @@ async def test_the_log_tells_an_engine_without_the_plug_in_from_one_that_is_away
         async with serving(app):
             engines = app[ENGINES]
             for _ in range(3):
-                await engines.check(engines.all[0])
+                await engines.pool.check(engines.all[0])
             assert not engines.ready
     warnings = [r.getMessage() for r in caplog.records if url in r.getMessage()]
     assert len(warnings) == 1
