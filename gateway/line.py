@@ -11,7 +11,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -194,11 +194,12 @@ class Line:
             try:
                 if self._sent is None:
                     await self.bring(wanted)
-                async for event in self._finish([*wanted, *tail], how):
-                    if not begun and isinstance(event, ErrorEvent):
-                        raise EngineError.from_json(event.error)
-                    begun = True
-                    yield event
+                async with aclosing(self._finish([*wanted, *tail], how)) as events:
+                    async for event in events:
+                        if not begun and isinstance(event, ErrorEvent):
+                            raise EngineError.from_json(event.error)
+                        begun = True
+                        yield event
                 return
             except EngineError as e:
                 if begun or attempt == MAX_ATTEMPTS - 1:

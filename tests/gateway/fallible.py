@@ -352,7 +352,7 @@ class World:
         self.wants_documents = False
 
     async def place(self, tokens: list[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
-        fit = [p.engine for p in self.prefill if p.engine not in avoid]
+        fit = [p.engine for p in self.prefill if p.engine.info and p.engine not in avoid]
         if not fit:
             raise EngineFailed("there is no other engine")
         return fit[0], Decision("first", fit[0].url, len(tokens), {})
@@ -365,4 +365,8 @@ class World:
 
     @property
     def is_clean(self) -> bool:
-        return all(engine.is_clean for engine in (*self.prefill, *self.decode))
+        return all(engine.is_clean for engine in self.engines)
+
+    @property
+    def engines(self) -> list[Prefill | Decode]:
+        return [*self.prefill, *self.decode]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -85,12 +85,18 @@ async def begun(world: World, rule: Rule = RULE) -> AsyncIterator[Stream]:
         await stream.close()
 
 
-async def read(stream: Stream, within_s: float = 3.0) -> Answer:
-    """The answer to its end."""
-    found = Answer()
-    async with asyncio.timeout(within_s):
-        while found.done is None and not found.failed:
-            event = await stream.next_event(within_s)
+async def read(stream: Stream, most: int = 1000, *, found: Answer | None = None) -> Answer:
+    """So many events of the answer, or all there are.
+
+    Args:
+        found: what was read before.
+    """
+    found = found or Answer()
+    async with asyncio.timeout(3):
+        for _ in range(most):
+            if found.done is not None or found.failed:
+                break
+            event = await stream.next_event(3)
             assert event is not None
             found.add(event)
     return found
@@ -246,9 +252,53 @@ FAILURES = st.builds(
 )
 
 
-@settings(
+@dataclass(frozen=True)
+class Turn:
+    """What happens to the stream itself when so many events have been read."""
+
+    kind: Literal["lost", "left", "cancelled"]
+    """`left`: the gateway takes an engine for lost that is not."""
+    engine: int
+    at: int
+
+
+TURNS = st.builds(
+    Turn,
+    kind=st.sampled_from(["lost", "left", "cancelled"]),
+    engine=st.integers(0, 3),
+    at=st.integers(0, 6),
+)
+
+quick = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+def fallible(failures: Sequence[Sequence[Failure]], burst: int) -> World:
+    """Two engines that read and two that decode."""
+    first, second, third, fourth = (list(f) for f in failures)
+    return World(
+        [Prefill("p1", failures=first, burst=burst), Prefill("p2", failures=second, burst=burst)],
+        [Decode("d1", failures=third, burst=burst), Decode("d2", failures=fourth, burst=burst)],
+    )
+
+
+def is_right(found: Answer, world: World, options: Options) -> None:
+    """It is the answer that one engine would have given, if two would give the same."""
+    seeds = {asked.seed for engine in world.engines for asked in engine.asked}
+    if options.temperature != 0 and seeds == {None}:
+        return
+    expected = whole(msgspec.structs.replace(options.sampling(), seed=max(seeds, key=bool)))
+    assert (found.tokens, found.text) == (expected.tokens, expected.text)
+    assert found.logprobs == expected.logprobs
+    assert found.done is not None
+    assert expected.done is not None
+    assert found.done.finish_reason == expected.done.finish_reason
+    assert found.done.prompt_tokens == expected.done.prompt_tokens
+    assert found.done.completion_tokens == expected.done.completion_tokens
+
+
+@quick
 @given(
     options=ANSWERS,
     failures=st.tuples(*(st.lists(FAILURES, max_size=1) for _ in range(4))),
@@ -268,26 +318,38 @@ async def test_every_answer_is_whole_or_ends_in_an_error(
         assume(failure.kind != "stalls" or failure.at > 0)
     if differs and not third:
         third = [Failure("differs")]
-    world = World(
-        [
-            Prefill("p1", failures=first[:], burst=burst),
-            Prefill("p2", failures=second[:], burst=burst),
-        ],
-        [Decode("d1", failures=third, burst=burst), Decode("d2", failures=fourth, burst=burst)],
-    )
+    world = fallible((first, second, third, fourth), burst)
     found, _ = await answered(world, options, rule)
-    engines = (*world.prefill, *world.decode)
-    sampling = options.sampling()
-    seeds = {asked.seed for engine in engines for asked in engine.asked}
-    if found.done is None:
-        hopeless = {f.kind for f in first + second if f.at == 0} & {"errs", "loses_kv"}
-        unseeded = sampling.temperature != 0 and sampling.seed is None
-        assert unseeded or hopeless or not any(engine.alive for engine in engines)
-    elif sampling.temperature == 0 or seeds != {None}:
-        expected = whole(msgspec.structs.replace(sampling, seed=seeds.pop()))
-        assert (found.tokens, found.text, found.logprobs) == (
-            (expected.tokens, expected.text, expected.logprobs)
-        )
-        assert found.done.finish_reason == expected.done.finish_reason
-        assert found.done.prompt_tokens == expected.done.prompt_tokens
-        assert found.done.completion_tokens == expected.done.completion_tokens
+    if found.done is not None:
+        is_right(found, world, options)
+        return
+    told_so = {f.kind for f in first + second if f.at == 0} & {"errs", "loses_kv"}
+    unseeded = options.temperature != 0 and options.seed is None
+    assert unseeded or told_so or not any(engine.alive for engine in world.engines)
+
+
+@quick
+@given(options=ANSWERS, turn=TURNS, rule=st.sampled_from([RULE, replace(RULE, idle_tokens=1000)]))
+async def test_an_engine_may_be_lost_and_a_client_gone_at_any_moment(
+    options: Options, turn: Turn, rule: Rule
+) -> None:
+    world = fallible(((), (), (), ()), 1)
+    async with begun(world, rule) as stream:
+        await stream.finish(options)
+        found = await read(stream, turn.at)
+        if turn.kind == "cancelled":
+            await stream.cancel()
+            assert world.is_clean
+            return
+        engine = world.engines[turn.engine]
+        if turn.kind == "lost":
+            engine.kill()
+            engine.engine.info = None
+        stream.engine_lost(engine.engine)
+        found = await read(stream, found=found)
+    assert world.is_clean
+    if found.done is not None:
+        is_right(found, world, options)
+    else:
+        assert options.temperature != 0
+        assert options.seed is None
