@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -17,6 +18,8 @@ from aiohttp.typedefs import Handler
 from cache_index.opening import open_index
 from engine_adapter.decode_client import DecodeClient
 from gateway import routes_collections, routes_openai, routes_streams
+from gateway.builders import builder_for
+from gateway.engines import AnyEngine
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 from gateway.guard import Guard
 from gateway.keeper import Keeper
@@ -26,18 +29,25 @@ from gateway.keys import (
     ENGINES,
     EXECUTOR,
     KEEPER,
+    LIFECYCLE,
     METRICS,
+    RELOADER,
     RETRIEVALS,
     SESSION,
     SETTINGS,
     STREAMS,
     TAKING_OVER,
     TELLING,
+    TOKENIZERS,
 )
+from gateway.lifecycle import Lifecycle, counting
 from gateway.placement import Engines
 from gateway.pool import Callbacks, Pool
 from gateway.prefixes import Prefixes
+from gateway.readiness import Tokenizers, readiness
+from gateway.reloading import Reloader
 from gateway.retrieving import Retrievals
+from gateway.routes_admin import metrics_of
 from gateway.settings import Current, Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
@@ -49,17 +59,25 @@ logger = logging.getLogger(__name__)
 TOKENIZER_THREADS = 2
 
 
-def build(settings: Settings, embedder: Embedder | None = None) -> web.Application:
+def build(
+    settings: Settings,
+    embedder: Embedder | None = None,
+    read_again: Callable[[], Settings] | None = None,
+) -> web.Application:
     """A gateway with these settings, not started yet.
 
     Args:
         embedder: of its collections; None for the small model that comes as a package.
+        read_again: reads the settings when they may have changed; None: they never do.
     """
+    lifecycle = Lifecycle()
     app = web.Application(
-        middlewares=[_errors], client_max_size=settings.max_body_bytes + 1, logger=logger
+        middlewares=[_errors, counting(lifecycle)],
+        client_max_size=settings.max_body_bytes + 1,
+        logger=logger,
     )
     app[SETTINGS] = Current(settings)
-    app[METRICS] = Metrics()
+    app[METRICS], app[LIFECYCLE] = Metrics(), lifecycle
     app[BUILDERS], app[TAKING_OVER], app[TELLING] = {}, {}, set()
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
     app.add_routes(
@@ -69,11 +87,12 @@ def build(settings: Settings, embedder: Embedder | None = None) -> web.Applicati
         app[COLLECTIONS] = Collections(Path(settings.collections), embedder or MiniLm())
         app[routes_collections.CHANGING] = asyncio.Lock()
         app.add_routes(routes_collections.routes)
-    app.cleanup_ctx.append(_running)
+    app.on_response_prepare.append(_last_on_its_connection)
+    app.cleanup_ctx.append(partial(_running, read_again=read_again or (lambda: settings)))
     return app
 
 
-async def _running(app: web.Application) -> AsyncIterator[None]:
+async def _running(app: web.Application, read_again: Callable[[], Settings]) -> AsyncIterator[None]:
     """Everything that lives as long as the gateway, begun and ended in order."""
     settings, metrics = app[SETTINGS].now, app[METRICS]
     index = open_index(settings.index, timeout_s=settings.index_timeout_s)
@@ -91,35 +110,46 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             lease_s=max(settings.lease_s, settings.keep_finished_s),
             metrics=metrics,
         )
+        prefixes = Prefixes(index, guard)
+        pool = Pool(session, settings, metrics, decoding=DecodeClient)
+        engines = Engines(pool, prefixes, settings.routing)
         streams = Streams(settings, keeper, metrics)
         retrievals = Retrievals(settings, app.get(COLLECTIONS), metrics)
-        prefixes = Prefixes(index, guard)
-        pool = Pool(
-            session,
-            settings,
-            Callbacks(
-                lost=streams.engine_lost,
-                left=streams.leave,
-                seen=prefixes.follow,
-                removed=prefixes.unfollow,
-            ),
-            metrics,
-            decoding=DecodeClient,
-        )
-        engines = Engines(pool, prefixes, settings.routing)
+        tokenizers = Tokenizers(partial(builder_for, app))
+
+        def seen(engine: AnyEngine) -> None:
+            prefixes.follow(engine)
+            tokenizers.seen(engine)
+
+        def use(settings: Settings) -> None:
+            for user in (pool, streams, engines):
+                user.use(settings)
+            logging.getLogger().setLevel(settings.log_level.upper())
+
         with ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer") as executor:
             app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
             app[EXECUTOR], app[KEEPER], app[RETRIEVALS] = executor, keeper, retrievals
-            await pool.start()
+            app[TOKENIZERS] = tokenizers
+            app[RELOADER] = Reloader(app[SETTINGS], pool, read_again, use)
+            await pool.start(
+                Callbacks(
+                    lost=streams.engine_lost,
+                    left=streams.leave,
+                    seen=seen,
+                    removed=prefixes.unfollow,
+                )
+            )
             await keeper.start(streams.keep_again)
             await streams.start()
             loading = asyncio.create_task(_load_embedder(app.get(COLLECTIONS)))
             yield
             loading.cancel()
+            await app[LIFECYCLE].stop()
             await retrievals.stop()
             await streams.stop()
             await keeper.stop()
             await pool.stop()
+            await tokenizers.stop()
             await prefixes.stop()
 
 
@@ -178,14 +208,21 @@ async def _health(request: web.Request) -> web.Response:
 
 
 async def _ready(request: web.Request) -> web.Response:
-    engines = request.app[ENGINES]
-    reached = {engine.url: engine.info is not None for engine in engines.all}
-    status = 200 if engines.ready else 503
-    return web.json_response({"ready": bool(engines.ready), "engines": reached}, status=status)
+    app = request.app
+    index = "own"
+    if app[SETTINGS].now.index is not None:
+        index = "up" if app[KEEPER].reaches_index else "away"
+    draining = app[LIFECYCLE].draining
+    found = readiness(app[ENGINES].pool, app[TOKENIZERS], draining=draining, index=index)
+    return web.json_response(found.to_json(), status=200 if found.ready else 503)
 
 
 async def _metrics(request: web.Request) -> web.Response:
-    return web.Response(
-        body=request.app[METRICS].render(),
-        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-    )
+    return metrics_of(request.app)
+
+
+async def _last_on_its_connection(request: web.Request, response: web.StreamResponse) -> None:
+    """While the gateway is drained clients should not come back on the connections they have."""
+    if request.app[LIFECYCLE].draining:
+        response.force_close()
+        response.headers["Connection"] = "close"

@@ -46,6 +46,16 @@ class Books:
         if self._keeper is not None:
             await self._keeper.keep(self._stream.id, self.ledger, self.now, renew=renew)
 
+    async def release(self) -> None:
+        """Nobody holds the stream from now on.
+
+        Raises:
+            Moved: another replica does.
+            IndexAway: it could not be told.
+        """
+        if self._keeper is not None:
+            await self._keeper.release(self._stream.id, self.ledger)
+
     def lost(self) -> None:
         """Nobody knows what the index has of it."""
         self.ledger.written = None

@@ -26,8 +26,18 @@ from engine_adapter.messages import PromptTokens
 from gateway import record as records
 from gateway.bodies import read_body
 from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
-from gateway.keeper import Keeper, Moved
-from gateway.keys import ENGINES, KEEPER, METRICS, SESSION, SETTINGS, STREAMS, TAKING_OVER, TELLING
+from gateway.keeper import NOBODY, Keeper, Moved
+from gateway.keys import (
+    ENGINES,
+    KEEPER,
+    LIFECYCLE,
+    METRICS,
+    SESSION,
+    SETTINGS,
+    STREAMS,
+    TAKING_OVER,
+    TELLING,
+)
 from gateway.line import abort
 from gateway.placement import Engine, ModelPlacer
 from gateway.record import Ledger
@@ -113,7 +123,10 @@ async def _find(request: web.Request) -> Stream | StreamRecord | str:
     record = await app[KEEPER].find(stream_id)
     if record is None:
         return await _asked_around(request)
-    if record.holder == app[KEEPER].replica:  # before it was started anew
+    if record.holder == NOBODY and app[LIFECYCLE].draining and FORWARDED not in request.headers:
+        for other in await app[KEEPER].others():
+            return other
+    if record.holder in (NOBODY, app[KEEPER].replica):  # released, or from before a new start
         await _take_over(app, stream_id, record)
         raise Moved
     if FORWARDED in request.headers:

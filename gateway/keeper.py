@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 BEAT_LEASE_S = 4.0
 """A replica that is silent for so long has lost its streams to whoever is asked for them."""
+NOBODY = ""
+"""Holder of a stream that its last one has released."""
 GONE_S = 0.001
 """Lease of a replica that ends."""
 RETRY_S = 0.25
@@ -67,6 +69,11 @@ class Keeper:
         self._recovered_s = -float("inf")
         self._beating: asyncio.Task[None] | None = None
         self._rewriting: asyncio.Task[None] | None = None
+
+    @property
+    def reaches_index(self) -> bool:
+        """Whether the index has answered when it was last asked."""
+        return not self._guard.away
 
     async def start(self, returned: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Begin to tell the other replicas that this one is alive.
@@ -146,6 +153,25 @@ class Keeper:
     def _must_be_ours(self, ledger: Ledger, found: Stale) -> None:
         if found.epoch > ledger.epoch:
             raise Moved(found.holder) from found
+
+    async def release(self, stream_id: str, ledger: Ledger) -> None:
+        """Let nobody hold a stream: whoever is asked for it takes it over.
+
+        Raises:
+            Moved: another replica holds it already.
+            IndexAway
+        """
+        async with ledger.lock:
+            try:
+                await self._guard.call(
+                    lambda: self._index.claim(stream_id, ledger.epoch, NOBODY, self._lease_s)
+                )
+            except Stale as e:
+                if e.epoch > ledger.epoch:
+                    raise Moved(e.holder) from e
+                raise IndexAway("the index does not have the stream") from e
+            except IndexUnavailable as e:
+                raise IndexAway("the index of streams can't be reached") from e
 
     # Anybody's streams.
 

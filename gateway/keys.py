@@ -7,8 +7,11 @@ import aiohttp
 from aiohttp import web
 
 from gateway.keeper import Keeper
+from gateway.lifecycle import Lifecycle
 from gateway.placement import Engines
 from gateway.prompt import PromptBuilder
+from gateway.readiness import Tokenizers
+from gateway.reloading import Reloader
 from gateway.retrieving import Retrievals
 from gateway.settings import Current
 from gateway.streams import Streams
@@ -28,6 +31,9 @@ COLLECTIONS = web.AppKey("collections", Collections)
 """Only where a folder of collections is set."""
 RETRIEVALS = web.AppKey("retrievals", Retrievals)
 KEEPER = web.AppKey("keeper", Keeper)
+LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
+RELOADER = web.AppKey("reloader", Reloader)
+TOKENIZERS = web.AppKey("tokenizers", Tokenizers)
 TELLING = web.AppKey("telling", set[asyncio.Task[None]])
 """Holders that are being told of clients that hung up."""
 TAKING_OVER = web.AppKey("taking_over", dict[str, asyncio.Task[None]])

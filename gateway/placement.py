@@ -10,6 +10,7 @@ from gateway.engines import DecodeEngine, Engine
 from gateway.errors import EngineFailed, ModelNotFound, Overloaded
 from gateway.pool import Pool
 from gateway.routing import POLICIES, Decision
+from gateway.settings import Settings
 
 __all__ = ["Engine", "Engines", "ModelPlacer", "Prefixes"]
 
@@ -37,6 +38,10 @@ class Engines:
         self.policy = policy
         self._prefixes = prefixes
         self._placed = 0
+
+    def use(self, settings: Settings) -> None:
+        """Choose by the policy of these settings from now on."""
+        self.policy = settings.routing
 
     @property
     def all(self) -> list[Engine]:

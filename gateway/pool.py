@@ -61,7 +61,6 @@ class Pool:
         self,
         session: aiohttp.ClientSession,
         settings: Settings,
-        callbacks: Callbacks,
         metrics: Metrics,
         *,
         decoding: Callable[[aiohttp.ClientSession, str], Decoding] | None = None,
@@ -73,7 +72,7 @@ class Pool:
         self._session = session
         self._settings = settings
         self._decoding = decoding
-        self._callbacks = callbacks
+        self._callbacks: Callbacks
         self._metrics = metrics
         self._members: dict[str, AnyEngine] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
@@ -84,9 +83,10 @@ class Pool:
 
     # What runs.
 
-    async def start(self) -> None:
+    async def start(self, callbacks: Callbacks) -> None:
         """Ask every engine, and keep asking. Those that have not answered soon are waited for in
         the background."""
+        self._callbacks = callbacks
         first = [self._watch(engine) for engine in self.members]
         if first:
             await asyncio.wait(first, timeout=FIRST_ANSWERS_S)
@@ -224,17 +224,18 @@ class Pool:
 
     # On their way out.
 
-    def drain(self, engine: AnyEngine, *, remove: bool = False) -> None:
+    def drain(self, engine: AnyEngine, *, remove: bool = False, then: Role | None = None) -> None:
         """Place no new streams there. Its streams have `drain_timeout_s` to end, then they go on
         elsewhere.
 
         Args:
             remove: take it out of the pool when nothing is left there.
+            then: after that it joins again, in this role.
         """
         self._forget_drain(engine)
         engine.draining = True
         logger.info("engine %s is drained: %d streams are there", engine.url, engine.streams)
-        self._draining[engine.url] = asyncio.create_task(self._drained(engine, remove))
+        self._draining[engine.url] = asyncio.create_task(self._drained(engine, remove, then))
         self._show(engine)
 
     def undrain(self, engine: AnyEngine) -> None:
@@ -247,7 +248,7 @@ class Pool:
         if (task := self._draining.pop(engine.url, None)) is not None:
             task.cancel()
 
-    async def _drained(self, engine: AnyEngine, remove: bool) -> None:
+    async def _drained(self, engine: AnyEngine, remove: bool, then: Role | None) -> None:
         if not await _empty(engine, self._settings.drain_timeout_s):
             logger.warning("engine %s: %d streams have to leave", engine.url, engine.streams)
             self._callbacks.left(engine, True)
@@ -257,6 +258,8 @@ class Pool:
         self._show(engine)
         if remove:
             await self._remove(engine)
+            if then is not None:
+                self.add(engine.url, then)
 
     async def _remove(self, engine: AnyEngine) -> None:
         del self._members[engine.url]

@@ -25,11 +25,13 @@ from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, Event, Progress
 from gateway.answering import Answering
 from gateway.books import Books
+from gateway.chores import Chores
 from gateway.course import Course
 from gateway.engines import AnyEngine, Engine
 from gateway.errors import (
     EngineFailed,
     GatewayError,
+    IndexAway,
     InputClosed,
     SequenceGap,
     from_engine,
@@ -106,9 +108,7 @@ class Stream:
         self._taking = asyncio.Lock()
         self._changed = asyncio.Event()
         self._changed.set()  # the head is there to be read
-        self._pump_task: asyncio.Task[None] | None = None
-        self._answer_task: asyncio.Task[None] | None = None
-        self._last_words: list[asyncio.Task[None]] = []
+        self._chores = Chores()
         self._answering = Answering(metrics)
         self._rule = rule
 
@@ -316,15 +316,14 @@ class Stream:
                 if not await self.line.look():
                     self._changed.set()
 
-    async def _keep_ended(self) -> None:
+    async def _keep_if_ours(self) -> None:
         with suppress(Moved):
             await self.keep()
 
     async def keep_again(self) -> None:
         """Write the whole record: the index may have lost it."""
         self.books.lost()
-        with suppress(Moved):
-            await self.keep()
+        await self._keep_if_ours()
 
     def resume(self, taken: Sequence[Taken], created_s: float, ledger: Ledger) -> None:
         """Be the stream that another replica held."""
@@ -352,15 +351,28 @@ class Stream:
             self.state = "moved"
             self._moved(self)
 
+    @property
+    def movable(self) -> bool:
+        """Whether another replica can go on with it from here."""
+        retrieving = self.retrieval is not None and self.retrieval.state == "running"
+        return self.state == "open" and self.books.kept and not retrieving
+
+    async def release(self) -> None:
+        """Let whichever replica is asked for it next hold it, as far as the index can be told."""
+        async with self._taking:
+            if not self.movable:
+                return
+            with suppress(Moved, IndexAway):
+                await self.keep(renew=True)
+                await self.books.release()
+                self.let_go()
+
     async def leave(self) -> None:
         """This replica ends: what another one needs to go on is in the index and at the engine."""
         if not self.books.kept:
-            await self.close()
-            return
-        with suppress(Moved):
-            await self.keep()
-        await self._ended_tasks()
-        await asyncio.gather(*self._last_words, return_exceptions=True)
+            return await self.close()
+        await self._keep_if_ours()
+        await self._chores.all_done()
 
     async def take_back_finish(self) -> None:
         """Whoever passed the answer on is gone, and the client with it or about to ask again at
@@ -368,7 +380,7 @@ class Stream:
         if self.state != "finishing":
             return
         engine, prompt_id = self.line.engine, self.line.prompt_id
-        await self._ended_tasks()
+        await self._chores.stopped()
         if self.state != "finishing":
             return
         self.state, self._answering, self.course = "open", Answering(self._metrics), None
@@ -392,21 +404,14 @@ class Stream:
             return
         engine, prompt_id = self.line.engine, self.line.prompt_id
         self._end(state)
-        await self._ended_tasks()
+        await self._chores.stopped()
         await abort(engine, prompt_id)
 
     async def close(self) -> None:
         """Cancel, and wait for the tasks, however it ended."""
         with suppress(Moved):
             await self.cancel()
-        await self._ended_tasks()
-        await asyncio.gather(*self._last_words, return_exceptions=True)
-
-    async def _ended_tasks(self) -> None:
-        tasks = [t for t in (self._pump_task, self._answer_task) if t is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._chores.all_done()
 
     def _end(self, state: State) -> None:
         self.state = state
@@ -414,12 +419,9 @@ class Stream:
         self.touched_s = time.monotonic()
         self.line.disconnect()
         self._metrics.streams.labels(state).inc()
-        current = asyncio.current_task()
-        for task in (self._pump_task, self._answer_task):
-            if task is not None and task is not current:
-                task.cancel()
+        self._chores.stop(others=True)
         if self.books.kept and state != "moved":
-            self._last_words.append(asyncio.create_task(self._keep_ended()))
+            self._chores.say(self._keep_if_ours())
         self._ended(self)
 
     # How the engine gets to it.
@@ -429,9 +431,7 @@ class Stream:
         if self.state == "finishing" and self.course is not None and self.course.begun:
             self.course.engine_lost(engine)
         elif not self.ended and self.line.engine is engine:
-            for task in (self._pump_task, self._answer_task):
-                if task is not None:
-                    task.cancel()
+            self._chores.stop()
             self.line.disconnect()
             self._start()
 
@@ -439,9 +439,9 @@ class Stream:
         """Read, or answer."""
         if self.state == "open":
             self._changed.set()
-            self._pump_task = asyncio.create_task(self._pump())
+            self._chores.begin(self._pump())
         else:
-            self._answer_task = asyncio.create_task(self._answer())
+            self._chores.begin(self._answer())
 
     async def _pump(self) -> None:
         """Bring the engine to the prompt, again and again, until the input is closed."""
@@ -474,7 +474,7 @@ class Stream:
 
     def _free(self, engine: Engine | None, prompt_id: str) -> None:
         """Have an engine forget a prompt; `close` waits for it."""
-        self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
+        self._chores.say(abort(engine, prompt_id))
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -130,6 +130,29 @@ class Streams:
         """Streams of a model that have not ended."""
         return self._alive_of[model]
 
+    @property
+    def movable(self) -> list[Stream]:
+        """Those that another replica can go on with, as they are now."""
+        if self._settings.index is None:
+            return []
+        return [stream for stream in self._streams.values() if stream.movable]
+
+    @property
+    def bound(self) -> int:
+        """How many can only end here."""
+        return self._alive - len(self.movable)
+
+    def counts(self) -> dict[str, Any]:
+        """How many there are, by what operators ask for."""
+        alive = [stream for stream in self._streams.values() if not stream.ended]
+        engines = Counter(s.line.engine.url for s in alive if s.line.engine is not None)
+        return {
+            "streams": self._alive,
+            "by_state": Counter(stream.state for stream in alive),
+            "by_model": Counter(stream.model for stream in alive),
+            "by_engine": engines,
+        }
+
     def engine_lost(self, engine: AnyEngine) -> None:
         """Streams of an engine that is gone go on elsewhere, or fail."""
         for stream in list(self._streams.values()):

@@ -187,7 +187,11 @@ async def test_errors_of_the_server_itself_have_the_same_shape(
 
 async def test_health_ready_and_metrics(stack: Stack) -> None:
     assert (await stack.http.get(stack.url + "/health")).status_code == 200
-    assert (await stack.http.get(stack.url + "/ready")).json()["ready"] is True
+
+    async def ready() -> bool:
+        return bool((await stack.http.get(stack.url + "/ready")).json()["ready"])
+
+    await until(ready, within_s=20)  # its tokenizer is loaded
     text = (await stack.http.get(stack.url + "/metrics")).text
     assert "stream2llm_time_to_first_token_seconds_bucket" in text
     assert "st-" not in text, "a label per stream"

@@ -1,0 +1,104 @@
+"""How a gateway ends without failing anybody.
+
+Drained, it says that it is not ready, refuses new streams, and lets what is under way end: answers,
+requests that are passed through, retrievals. Open streams go on at another replica, as soon as
+there is one and they are between two requests; where there is none they have to end here, unless
+whoever is started next can go on with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from gateway.errors import Draining, IndexAway
+from gateway.keeper import Keeper
+from gateway.settings import Current
+from gateway.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+NEW = frozenset(
+    {
+        ("POST", "/v1/streams"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+    }
+)
+"""What is refused while the gateway is drained; all else belongs to what is open."""
+WATCHING = frozenset({"/health", "/ready", "/metrics"})
+"""Requests that nobody has to wait for."""
+LOOK_S = 0.05
+SETTLE_S = 0.2
+"""The least that a drain takes: clients hear on their connections that these are closed."""
+
+
+class Lifecycle:
+    """Whether this gateway takes new streams, and what it still has to do."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.requests = 0
+        """Under way."""
+        self._drain: asyncio.Task[bool] | None = None
+
+    def begin_drain(self, current: Current, streams: Streams, keeper: Keeper) -> asyncio.Task[bool]:
+        """Drain, once; the task says whether all had ended in time."""
+        if self._drain is None:
+            self.draining = True
+            logger.warning("drained: no new streams from now on")
+            self._drain = asyncio.create_task(self._drained(current, streams, keeper))
+        return self._drain
+
+    async def stop(self) -> None:
+        """End a drain that is under way."""
+        if self._drain is not None:
+            self._drain.cancel()
+            await asyncio.gather(self._drain, return_exceptions=True)
+
+    async def _drained(self, current: Current, streams: Streams, keeper: Keeper) -> bool:
+        begun_s = time.monotonic()
+        await asyncio.sleep(SETTLE_S)
+        while (left := self.requests + streams.bound) or streams.movable:
+            took_s = time.monotonic() - begun_s
+            others = await _others(keeper)
+            if not left and not others:
+                break
+            if took_s > current.now.drain_timeout_s:
+                logger.warning("drained for %.1f s: %d are cut off", took_s, left)
+                return False
+            if others:
+                await asyncio.gather(*(stream.release() for stream in streams.movable))
+            await asyncio.sleep(LOOK_S)
+        logger.info("drained in %.1f s", time.monotonic() - begun_s)
+        return True
+
+
+async def _others(keeper: Keeper) -> bool:
+    """Whether another replica is there to go on with streams."""
+    try:
+        return bool(await keeper.others())
+    except IndexAway:
+        return False
+
+
+def counting(lifecycle: Lifecycle) -> Middleware:
+    """Middleware that counts the requests under way, and refuses new streams while drained."""
+
+    @web.middleware
+    async def counted(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in WATCHING:
+            return await handler(request)
+        if lifecycle.draining and (request.method, request.path) in NEW:
+            raise Draining("this gateway takes no new streams: it is about to end")
+        lifecycle.requests += 1
+        try:
+            return await handler(request)
+        finally:
+            lifecycle.requests -= 1
+
+    return counted
