@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import uvloop
 from aiohttp import web
 
 from engine_adapter.errors import BadOperation, PromptFinished
-from engine_adapter.messages import DoneEvent, Event, Sampling, TokenEvent
+from engine_adapter.messages import DoneEvent, Event, Finish, Progress, Sampling, TokenEvent
 from engine_adapter.prompts import StreamingPrompts
 from engine_adapter.sessions import Limits, Status
 from engine_adapter.simulated.routes import PROMPTS, errors, routes
@@ -32,6 +33,9 @@ class FakeCore:
     prefill_s: Callable[[list[int]], float] = lambda tokens: 0.0
     """From closing the input, which is these tokens, to the first token."""
     kv_blocks: int = 100_000
+    hands_over: bool = False
+    leased: dict[str, list[int]] = field(default_factory=dict)
+    """Prompts whose KV waits for another engine."""
     publishes: Mapping[str, Any] = field(default_factory=dict)
     """What it says of its KV events, of which it has none."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -79,6 +83,7 @@ class FakeCore:
             "hardware": "2x Fake",
             "accelerators": 2,
             "settings": "none",
+            "hands_over": self.hands_over,
         }
 
     async def kv_events(self) -> Mapping[str, Any]:
@@ -119,6 +124,33 @@ class FakeCore:
         """Answers come at once."""
 
 
+class HandingOver(StreamingPrompts[Sampling]):
+    """Ends an answer that is handed over with its first token, and keeps the prompt."""
+
+    engine: FakeCore
+
+    async def answer(self, prompt_id: str, op: Finish) -> AsyncGenerator[Event, None]:  # type: ignore[override]
+        async with aclosing(super().answer(prompt_id, op)) as events:
+            async for event in events:
+                yield event
+                if op.hand_over:
+                    break
+            else:
+                return
+        tokens = self.engine.leased[prompt_id] = self.engine.finished[prompt_id]
+        yield DoneEvent(
+            finish_reason="length",
+            prompt_tokens=len(tokens),
+            cached_tokens=len(tokens) // 2,
+            completion_tokens=1,
+            kv_transfer={"prompt_id": prompt_id},
+        )
+
+    async def abort(self, prompt_id: str) -> Progress:
+        self.engine.leased.pop(prompt_id, None)
+        return await super().abort(prompt_id)
+
+
 class FakeEngine:
     """The HTTP side."""
 
@@ -126,7 +158,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.core = FakeCore(kv_blocks=max_model_len)
         limits = Limits(max_model_len, 1_000_000, 100_000)
-        self.prompts = StreamingPrompts(self.core, limits, name="fake", model=MODEL, block_size=16)
+        self.prompts = HandingOver(self.core, limits, name="fake", model=MODEL, block_size=16)
         self.sessions = self.prompts.sessions
         self.finished = self.core.finished
 

@@ -35,6 +35,8 @@ class FakeOpenAI:
     """Of the answer to a prompt; each that follows is one more."""
     breaks_after: int | None = None
     """So many tokens of an answer its connection breaks."""
+    fetch: Callable[[dict[str, Any]], bool] = lambda kv_transfer: True
+    """Gets the KV that others have prefilled, if it is there."""
     counts_tokens: bool = True
     cached_details: bool = True
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -131,6 +133,10 @@ class FakeOpenAI:
         await response.prepare(request)
         try:
             await self.answer_gate.wait()
+            kv_transfer = body.get("kv_transfer_params")
+            if kv_transfer is not None and not self.fetch(kv_transfer):
+                await response.write(_event(choices=[{"finish_reason": "error"}]))
+                return response
             for number in range(body["max_tokens"]):
                 if number == self.breaks_after:
                     self.breaks_after = None
