@@ -153,8 +153,6 @@ class Course:
         self._cached_tokens = done.cached_tokens
         if done.kv_transfer is not None:
             self._told.goes_on, self._sampled_twice = True, len(self._told.tokens)
-        else:
-            self._pass_on(account.end())
         return done
 
     def _decided(self, engine: Engine) -> Handoff:
@@ -185,15 +183,15 @@ class Course:
     ) -> Callable[[], Awaitable[DoneEvent]]:
         """What to do about an answer that broke off, or an error if there is nothing."""
         self._note_failed(error)
-        told, differs = self._told, isinstance(error, Differs)
+        told, retelling_failed = self._told, self._retold and isinstance(error, Differs)
         alike = self._two_alike or len(told.tokens) <= self._sampled_twice
         continuable = told.can_be_continued(self._sampling)
-        hopeless = differs and self._retold and not continuable
-        if not self.begun or not alike or hopeless or resumed == MAX_RESUMED:
+        possible = self.begun and alike and (continuable or not retelling_failed)
+        if not possible or resumed == MAX_RESUMED:
             if isinstance(error, Differs):
                 raise EngineUnavailable("engines disagree about the answer") from error
             raise error
-        continued = continuable and (is_greedy(self._sampling) or (differs and self._retold))
+        continued = continuable and (is_greedy(self._sampling) or retelling_failed)
         how = "continued" if continued else "retold"
         logger.warning("%s: its answer is %s: %r", self._line.prompt_id, how, error)
         self._metrics.resumed.labels(how).inc()
@@ -230,9 +228,8 @@ class Course:
         """The answer from its first token on."""
         self._retold = True
         account = Account(self._told, retold=True)
-        return self._whole(
-            await self._elsewhere(self._wanted, self._tail, self._seeded, account), 0
-        )
+        done = await self._elsewhere(self._wanted, self._tail, self._seeded, account)
+        return self._whole(done, 0)
 
     async def _elsewhere(
         self, wanted: list[int], tail: Sequence[int], sampling: Sampling, account: Account
@@ -279,12 +276,7 @@ class Course:
         finally:
             engine.streams -= 1
 
-    async def _followed(
-        self,
-        source: Events,
-        account: Account,
-        first_s: float | None,
-    ) -> DoneEvent:
+    async def _followed(self, source: Events, account: Account, first_s: float | None) -> DoneEvent:
         """Pass on what is new to the client.
 
         Args:
@@ -300,6 +292,8 @@ class Course:
             async with asyncio.timeout(first_s) as self._limit, source as events:
                 async for event in events:
                     if isinstance(event, DoneEvent):
+                        if event.kv_transfer is None:
+                            self._pass_on(account.end())
                         return event
                     if self._lost:
                         break
@@ -307,7 +301,7 @@ class Course:
                     if not isinstance(event, TokenEvent):
                         raise EngineError.from_json(event.error)
                     self._pass_on(account.take(event))
-                    if self._decoder is not None:
+                    if self._decoder is not None and self._line.engine is not None:
                         self._line.disconnect()  # the KV was fetched
         except TimeoutError as e:
             raise EngineUnavailable("the engine is gone or has stalled") from e

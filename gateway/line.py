@@ -196,8 +196,6 @@ class Line:
                     await self.bring(wanted)
                 async with aclosing(self._finish([*wanted, *tail], how)) as events:
                     async for event in events:
-                        if not begun and isinstance(event, ErrorEvent):
-                            raise EngineError.from_json(event.error)
                         begun = True
                         yield event
                 return
@@ -243,8 +241,10 @@ class Line:
         self._metrics.operations.labels("finish").inc()
         async with client.finish(self.prompt_id, op) as events:
             async for event in events:
+                if isinstance(event, ErrorEvent):
+                    raise EngineError.from_json(event.error)
                 yield event
-                if isinstance(event, DoneEvent | ErrorEvent):
+                if isinstance(event, DoneEvent):
                     return
         raise EngineUnavailable("the engine ended the answer without completing it")
 

@@ -129,14 +129,15 @@ class HandingOver(StreamingPrompts[Sampling]):
 
     engine: FakeCore
 
-    async def answer(self, prompt_id: str, op: Finish) -> AsyncGenerator[Event, None]:  # type: ignore[override]
-        async with aclosing(super().answer(prompt_id, op)) as events:
-            async for event in events:
-                yield event
-                if op.hand_over:
-                    break
-            else:
-                return
+    def answer(self, prompt_id: str, op: Finish) -> AsyncGenerator[Event, None]:
+        events = super().answer(prompt_id, op)
+        return self._first(prompt_id, events) if op.hand_over else events
+
+    async def _first(
+        self, prompt_id: str, events: AsyncGenerator[Event, None]
+    ) -> AsyncGenerator[Event, None]:
+        async with aclosing(events):
+            yield await anext(events)
         tokens = self.engine.leased[prompt_id] = self.engine.finished[prompt_id]
         yield DoneEvent(
             finish_reason="length",
