@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 STALL_S = 120.0
 """Longest silence of an engine in an answer that has begun, however healthy it says it is."""
+LAST_S = 1.0
+"""Longest wait for the end of a connection on which everything was said."""
 MAX_RESUMED = 4
 """How often one answer is gone on with."""
 
@@ -287,14 +289,15 @@ class Course:
             Differs: it is not the answer that the client was told the beginning of.
         """
         clock = asyncio.get_running_loop().time
+        done: DoneEvent | None = None
         self._lost, self._silence_s = False, STALL_S
         try:
             async with asyncio.timeout(first_s) as self._limit, source as events:
                 async for event in events:
                     if isinstance(event, DoneEvent):
-                        if event.kv_transfer is None:
-                            self._pass_on(account.end())
-                        return event
+                        done = event
+                        self._limit.reschedule(clock() + LAST_S)
+                        continue
                     if self._lost:
                         break
                     self._limit.reschedule(clock() + self._silence_s)
@@ -304,10 +307,15 @@ class Course:
                     if self._decoder is not None and self._line.engine is not None:
                         self._line.disconnect()  # the KV was fetched
         except TimeoutError as e:
-            raise EngineUnavailable("the engine is gone or has stalled") from e
+            if done is None:
+                raise EngineUnavailable("the engine is gone or has stalled") from e
         finally:
             self._limit = None
-        raise EngineUnavailable("the engine broke off")
+        if done is None:
+            raise EngineUnavailable("the engine broke off")
+        if done.kv_transfer is None:
+            self._pass_on(account.end())
+        return done
 
     def _pass_on(self, event: TokenEvent | None) -> None:
         if event is not None:

@@ -245,6 +245,9 @@ class Line:
                     raise EngineError.from_json(event.error)
                 yield event
                 if isinstance(event, DoneEvent):
+                    with suppress(EngineError):  # an engine takes who leaves early for one that
+                        async for _ in events:  # gives up, and may free what it has handed over
+                            pass
                     return
         raise EngineUnavailable("the engine ended the answer without completing it")
 
