@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -262,6 +262,8 @@ class EngineOptions:
     """False for vLLM alone, without a plug-in of any kind."""
     module: str = "vllm.entrypoints.openai.api_server"
     """The server to run, which takes vLLM's flags and answers on `/health`."""
+    kv_role: Literal["kv_producer", "kv_consumer"] | None = None
+    """Hand the KV of prompts over to other engines of this machine, or fetch it from them."""
     debug_checks: bool = False
     """Let the plug-in verify its own state at every step (slower)."""
     extra_args: tuple[str, ...] = ()
@@ -302,6 +304,9 @@ def engine(options: EngineOptions | None = None) -> Server:
         command += ["--additional-config", json.dumps(settings)]
     if options.kv_events:
         command += ["--kv-events-config", json.dumps(_kv_events(port))]
+    if options.kv_role is not None:
+        command += ["--kv-transfer-config", json.dumps(_kv_transfer(options.kv_role, on_cpu))]
+        env |= {"UCX_TLS": "tcp,shm,self", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
 
@@ -315,6 +320,11 @@ def _kv_events(port: int) -> dict[str, object]:
         "endpoint": f"{place}-events",
         "replay_endpoint": f"{place}-replay",
     }
+
+
+def _kv_transfer(role: str, on_cpu: bool) -> dict[str, object]:
+    config: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": role}
+    return config | ({"kv_buffer_device": "cpu"} if on_cpu else {})
 
 
 def is_cpu_build() -> bool:
