@@ -17,6 +17,7 @@ from engine_adapter.errors import BadOperation
 from engine_adapter.messages import (
     PROTOCOL_VERSION,
     Blocks,
+    DoneEvent,
     EngineInfo,
     Event,
     Finish,
@@ -68,6 +69,14 @@ class Engine(Core, Protocol[P]):
 
         Raises:
             BadOperation: the engine refuses a value.
+        """
+
+    def first_token_only(self, params: P) -> P:
+        """The same answer, cut behind its first token; then `answer` ends in a `DoneEvent` that
+        says where the KV of the prompt is, if the answer would have gone on.
+
+        Raises:
+            BadOperation: the engine hands nothing over.
         """
 
     def answer(
@@ -170,37 +179,43 @@ class StreamingPrompts(Generic[P]):
         Raises:
             EngineError: the operation is not valid; the prompt stays as it was.
         """
-        self._params(prompt_id, op.version, op.keep + len(op.tokens), op.sampling)
+        self._params(prompt_id, op.version, op.keep + len(op.tokens), op)
         session, answer = self.sessions.finish(prompt_id, op)
-        return self._events(session, answer, op.sampling)
+        return self._events(session, answer, op)
 
     async def _events(
-        self, session: Session, answer: Answer, sampling: Sampling
+        self, session: Session, answer: Answer, op: Finish
     ) -> AsyncGenerator[Event, None]:
         prompt_id, salt = session.prompt_id, session.cache_salt
 
         def generate(version: int, tokens: list[int]) -> AsyncGenerator[Event, None]:
-            params = self._params(prompt_id, version, len(tokens), sampling)
+            params = self._params(prompt_id, version, len(tokens), op)
             request_id = f"{prompt_id}-answer-{next(self._numbers)}"
             self._answers[prompt_id] = request_id
             return self.engine.answer(prompt_id, tokens, salt, params, request_id)
 
+        handed_over = False
         try:
             async with aclosing(answer.events(generate)) as events:
                 async for event in events:
                     yield event
+                    handed_over = isinstance(event, DoneEvent) and event.kv_transfer is not None
         finally:
             self._answers.pop(prompt_id, None)
             self.sessions.answered(session, answer)
             # The engine may not have taken the request in: then the prompt is still open there.
-            await asyncio.shield(self.engine.close(prompt_id))
+            # Or it keeps KV for another engine, though nobody has learnt where.
+            if not handed_over:
+                await asyncio.shield(self.engine.close(prompt_id))
 
-    def _params(self, prompt_id: str, version: int, length: int, sampling: Sampling) -> P:
+    def _params(self, prompt_id: str, version: int, length: int, op: Finish) -> P:
         room = max(self._limits.max_model_len - length, 1)
-        return self.engine.sampling_params(sampling, prompt_id, version, room)
+        params = self.engine.sampling_params(op.sampling, prompt_id, version, room)
+        return self.engine.first_token_only(params) if op.hand_over else params
 
     async def abort(self, prompt_id: str) -> Progress:
-        """Forget a prompt, also while it is being answered."""
+        """Forget a prompt, also while it is being answered or when its KV waits for another
+        engine. Nobody may fetch that any more: it would read what others write there."""
         if (request_id := self._answers.get(prompt_id)) is not None:
             await self.engine.abort(request_id)
         return await self.sessions.abort(prompt_id)

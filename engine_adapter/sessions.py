@@ -206,7 +206,8 @@ class Sessions:
             UnknownPrompt
         """
         session = self._get(prompt_id)
-        await self._free(session)
+        self._forget(session)
+        await self._close(session)
         return Progress(
             prompt_id=prompt_id,
             version=session.version,
@@ -264,18 +265,23 @@ class Sessions:
             for s in self._sessions.values()
             if s.expires_s <= now_s and not (s.answer is not None and s.answer.streaming)
         ]
-        await asyncio.gather(*(self._free(session) for session in late))
+        for session in late:
+            self._forget(session)
+        # KV that an answer has left for another engine has a lease of its own.
+        left = (s for s in late if s.answer is None or not s.answer.over)
+        await asyncio.gather(*(self._close(session) for session in left))
         return [s.prompt_id for s in late]
 
-    async def _free(self, session: Session) -> None:
-        """Forget a session, and let the engine's loop forget what it may have of the prompt."""
+    def _forget(self, session: Session) -> None:
         if self._sessions.get(session.prompt_id) is session:
             del self._sessions[session.prompt_id]
         if session.answer is not None:
             session.answer.break_off(EngineUnavailable("the engine aborted the answer"))
-        if session.answer is None or not session.answer.over:
-            await asyncio.sleep(0)  # an operation taken in this very moment is called first
-            await self._core.close(session.prompt_id)
+
+    async def _close(self, session: Session) -> None:
+        """Let the engine's loop forget what it may have of a prompt."""
+        await asyncio.sleep(0)  # an operation taken in this very moment is called first
+        await self._core.close(session.prompt_id)
 
     # Checks.
 

@@ -174,6 +174,14 @@ class Warming:
         """The server's form of a `Sampling`, of which it says itself what it refuses."""
         return completions.streamed(sampling, room)
 
+    def first_token_only(self, params: Json) -> Json:
+        """Not to be had.
+
+        Raises:
+            BadOperation
+        """
+        raise BadOperation("a server without the plug-in hands no prompt over")
+
     async def answer(
         self,
         prompt_id: str,

@@ -100,6 +100,9 @@ class FakeCore:
     ) -> Sampling:
         return sampling
 
+    def first_token_only(self, params: Sampling) -> Sampling:
+        raise BadOperation("this engine hands no prompt over")
+
     async def answer(
         self,
         prompt_id: str,

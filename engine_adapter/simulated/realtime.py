@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine_adapter.errors import EngineError, EngineUnavailable
+from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
 from engine_adapter.sessions import Status
 from engine_adapter.simulated.engine import Output, SimulatedEngine, Step
@@ -150,6 +150,14 @@ class RealTimeEngine:
     ) -> SamplingParams:
         """What vLLM would take. Of all values only `max_tokens` has an effect here."""
         return sampling_params(sampling, prompt_id, version, room, DEFAULTS)
+
+    def first_token_only(self, params: SamplingParams) -> SamplingParams:
+        """Not to be had.
+
+        Raises:
+            BadOperation
+        """
+        raise BadOperation("a simulated engine hands no prompt over")
 
     def answer(
         self,

@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine_adapter.errors import EngineError, EngineUnavailable
+from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
 from engine_adapter.messages import (
     DoneEvent,
     ErrorEvent,
@@ -25,6 +25,7 @@ from engine_adapter.messages import (
     TokenLogprob,
 )
 from engine_adapter.sessions import Status
+from engine_adapter.vllm.handing_over import first_token_only, hands_over
 from engine_adapter.vllm.sampling import sampling_params
 from engine_adapter.vllm.scheduler import StreamScheduler
 
@@ -155,6 +156,12 @@ class VllmEngine:
         """vLLM's form of a `Sampling`; what it leaves open comes from the model's defaults."""
         return sampling_params(sampling, prompt_id, version, room, self._defaults)
 
+    def first_token_only(self, params: SamplingParams) -> SamplingParams:
+        """The same answer, cut behind its first token, with its KV kept for another engine."""
+        if not hands_over(self._llm.vllm_config.kv_transfer_config):
+            raise BadOperation("this engine has no KV connector that could hand a prompt over")
+        return first_token_only(params)
+
     async def answer(
         self,
         prompt_id: str,
@@ -198,6 +205,7 @@ def _done(output: RequestOutput, finish_reason: str, completion_tokens: int) -> 
         prompt_tokens=len(output.prompt_token_ids or ()),
         cached_tokens=output.num_cached_tokens or 0,
         completion_tokens=completion_tokens,
+        kv_transfer=output.kv_transfer_params if finish_reason == "length" else None,
     )
 
 

@@ -34,6 +34,7 @@ from engine_adapter.scheduling.cost import CostModel
 from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
+from engine_adapter.vllm.handing_over import Leases, hands_over
 from engine_adapter.vllm.host import HostMemory, loading
 from engine_adapter.vllm.kv import BlockTables
 from engine_adapter.vllm.open_prompts import (
@@ -87,6 +88,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self.cost = cost_model(settings.get("cost_model"), self.setup)
         """What bringing back a victim's KV costs; None if nobody has measured it."""
         self._host = HostMemory(self.connector, self.cost)
+        self._leases = Leases(self.connector)
         self.prefix_cache = PrefixCache(self, self._tables)
 
     # Operations. Called between steps, on the thread of the engine's loop.
@@ -139,7 +141,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         return self.extend_prompt(prompt_id, keep, tokens[keep:])
 
     def close_prompt(self, prompt_id: str) -> None:
-        """Forget a prompt and free its blocks; an unknown one is no error."""
+        """Forget a prompt and free its blocks, also those that wait for another engine; an unknown
+        one is no error."""
+        self._leases.end(prompt_id)
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
             self._views.drop_prompt(prompt)
@@ -190,6 +194,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "hardware": self.setup.hardware,
             "accelerators": self.vllm_config.parallel_config.world_size,
             "settings": self.setup.settings,
+            "hands_over": hands_over(self.vllm_config.kv_transfer_config),
             "cost_model": "" if self.cost is None else str(self.cost),
         }
 
@@ -226,7 +231,14 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._endings.discard(request)
         self._views.drop(request)
-        return super()._free_request(request, *args, **kwargs)
+        params = super()._free_request(request, *args, **kwargs)
+        if request.request_id in self.requests:
+            self._leases.put(request)
+        return params
+
+    def _free_blocks(self, request: Request) -> None:
+        self._leases.discard(request)
+        super()._free_blocks(request)
 
     def has_requests(self) -> bool:
         """Also true when an operation has given an open prompt something to compute."""

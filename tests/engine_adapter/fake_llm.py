@@ -35,7 +35,9 @@ class FakeLLM:
             get_vocab_size=lambda: VOCABULARY,
         )
         self.vllm_config = SimpleNamespace(
-            model_config=self.model_config, cache_config=SimpleNamespace(block_size=BLOCK_SIZE)
+            model_config=self.model_config,
+            cache_config=SimpleNamespace(block_size=BLOCK_SIZE),
+            kv_transfer_config=None,
         )
         self._rng = rng
         self._core = SimpleNamespace(scheduler=engine.scheduler, request_block_hasher=engine.hasher)
