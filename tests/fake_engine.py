@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import uvloop
 from aiohttp import web
 
 from engine_adapter.errors import BadOperation, PromptFinished
-from engine_adapter.messages import DoneEvent, Event, Finish, Progress, Sampling, TokenEvent
+from engine_adapter.messages import DoneEvent, Event, Sampling, TokenEvent
 from engine_adapter.prompts import StreamingPrompts
 from engine_adapter.sessions import Limits, Status
 from engine_adapter.simulated.routes import PROMPTS, errors, routes
@@ -63,6 +63,7 @@ class FakeCore:
 
     async def close(self, prompt_id: str) -> Status:
         self.tokens.pop(prompt_id, None)
+        self.leased.pop(prompt_id, None)
         self.operations.append("close")
         return {}
 
@@ -101,7 +102,9 @@ class FakeCore:
         return sampling
 
     def first_token_only(self, params: Sampling) -> Sampling:
-        raise BadOperation("this engine hands no prompt over")
+        if not self.hands_over:
+            raise BadOperation("this engine hands no prompt over")
+        return msgspec.structs.replace(params, max_tokens=1)
 
     async def answer(
         self,
@@ -114,45 +117,22 @@ class FakeCore:
         self.finished[prompt_id] = tokens
         await self.close(prompt_id)
         await asyncio.sleep(self.prefill_s(tokens))
-        for text in ("an", "swer"):
+        over = self.hands_over and params.max_tokens == 1
+        texts = ("an",) if over else ("an", "swer")
+        for text in texts:
             yield TokenEvent(token_ids=[1], text=text)
+        if over:
+            self.leased[prompt_id] = tokens
         yield DoneEvent(
-            finish_reason="stop",
+            finish_reason="length" if over else "stop",
             prompt_tokens=len(tokens),
             cached_tokens=0,
-            completion_tokens=2,
+            completion_tokens=len(texts),
+            kv_transfer={"prompt_id": prompt_id} if over else None,
         )
 
     async def abort(self, request_id: str) -> None:
         """Answers come at once."""
-
-
-class HandingOver(StreamingPrompts[Sampling]):
-    """Ends an answer that is handed over with its first token, and keeps the prompt."""
-
-    engine: FakeCore
-
-    def answer(self, prompt_id: str, op: Finish) -> AsyncGenerator[Event, None]:
-        events = super().answer(prompt_id, op)
-        return self._first(prompt_id, events) if op.hand_over else events
-
-    async def _first(
-        self, prompt_id: str, events: AsyncGenerator[Event, None]
-    ) -> AsyncGenerator[Event, None]:
-        async with aclosing(events):
-            yield await anext(events)
-        tokens = self.engine.leased[prompt_id] = self.engine.finished[prompt_id]
-        yield DoneEvent(
-            finish_reason="length",
-            prompt_tokens=len(tokens),
-            cached_tokens=len(tokens) // 2,
-            completion_tokens=1,
-            kv_transfer={"prompt_id": prompt_id},
-        )
-
-    async def abort(self, prompt_id: str) -> Progress:
-        self.engine.leased.pop(prompt_id, None)
-        return await super().abort(prompt_id)
 
 
 class FakeEngine:
@@ -162,7 +142,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.core = FakeCore(kv_blocks=max_model_len)
         limits = Limits(max_model_len, 1_000_000, 100_000)
-        self.prompts = HandingOver(self.core, limits, name="fake", model=MODEL, block_size=16)
+        self.prompts = StreamingPrompts(self.core, limits, name="fake", model=MODEL, block_size=16)
         self.sessions = self.prompts.sessions
         self.finished = self.core.finished
 
