@@ -258,12 +258,15 @@ class EngineOptions:
     """In which order requests are computed; None for the plug-in's default."""
     kv_events: bool = False
     """Publish what becomes of its KV blocks, for processes of this machine; `info` says where."""
+    kv_role: Literal["kv_producer", "kv_consumer"] | None = None
+    """Its part where prefill and decode are on different engines: a producer's prompts can be
+    decoded by a consumer."""
+    kv_lease_s: int = 30
+    """How long a producer keeps KV that nobody fetches or asks for."""
     plugin: bool = True
     """False for vLLM alone, without a plug-in of any kind."""
     module: str = "vllm.entrypoints.openai.api_server"
     """The server to run, which takes vLLM's flags and answers on `/health`."""
-    kv_role: Literal["kv_producer", "kv_consumer"] | None = None
-    """Hand the KV of prompts over to other engines of this machine, or fetch it from them."""
     debug_checks: bool = False
     """Let the plug-in verify its own state at every step (slower)."""
     extra_args: tuple[str, ...] = ()
@@ -305,8 +308,9 @@ def engine(options: EngineOptions | None = None) -> Server:
     if options.kv_events:
         command += ["--kv-events-config", json.dumps(_kv_events(port))]
     if options.kv_role is not None:
-        command += ["--kv-transfer-config", json.dumps(_kv_transfer(options.kv_role, on_cpu))]
-        env |= {"UCX_TLS": "tcp,shm,self", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        command += ["--kv-transfer-config", json.dumps(_kv_transfer(options))]
+        env |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        env |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"} if on_cpu else {}
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
 
@@ -322,9 +326,13 @@ def _kv_events(port: int) -> dict[str, object]:
     }
 
 
-def _kv_transfer(role: str, on_cpu: bool) -> dict[str, object]:
-    config: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": role}
-    return config | ({"kv_buffer_device": "cpu"} if on_cpu else {})
+def _kv_transfer(options: EngineOptions) -> dict[str, object]:
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": options.kv_role,
+        "kv_buffer_device": "cpu" if is_cpu_build() else "cuda",
+        "kv_connector_extra_config": {"kv_lease_duration": options.kv_lease_s},
+    }
 
 
 def is_cpu_build() -> bool:

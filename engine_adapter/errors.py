@@ -7,6 +7,7 @@
      +- VersionConflict       409  neither the next version nor a repetition of the newest
      +- PromptExists          409  `open` of an id that is open with other tokens
      +- PromptFinished        409  its input is closed and it is too late for this
+     +- KvLost                503  the KV that an answer was to start from did not come
      +- EngineOverloaded      503  as many prompts are open as the engine allows
      +- EngineUnavailable     503  the engine does not answer, or died on the way
          +- WithoutPlugin     503  something answers there, but has none of the operations
@@ -79,6 +80,13 @@ class PromptFinished(EngineError):
     status, code = 409, "prompt_finished"
 
 
+class KvLost(EngineError):
+    """The KV that an answer was to start from did not come; the engine itself is well, and nothing
+    was sampled."""
+
+    status, code = 503, "kv_lost"
+
+
 class EngineOverloaded(EngineError):
     """As many prompts are open as the engine allows."""
 
@@ -106,6 +114,7 @@ _BY_CODE: dict[str, type[EngineError]] = {
         VersionConflict,
         PromptExists,
         PromptFinished,
+        KvLost,
         EngineOverloaded,
         EngineUnavailable,
         WithoutPlugin,
