@@ -202,10 +202,11 @@ class Course:
         return self._continue if continued else self._tell_again
 
     def _note_failed(self, error: EngineError | Differs) -> None:
-        if self._decoder is not None:
-            self._failed.add(self._decoder)
-        elif isinstance(error, EngineUnavailable):
-            self._leave()
+        if isinstance(error, EngineUnavailable):  # others say nothing of the engine itself
+            if self._decoder is not None:
+                self._failed.add(self._decoder)
+            else:
+                self._leave()
         self._decoder = None
 
     def _leave(self) -> None:

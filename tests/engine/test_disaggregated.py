@@ -59,7 +59,7 @@ def servers(model_dir: Path) -> Iterator[tuple[Server, Server, Server]]:
             server.wait_ready(400)
         flags = [
             "--decode-engine", decodes.url, "--handoff-idle-tokens", "-1",
-            "--handoff-timeout-s", "20", "--tokenizer", str(model_dir),
+            "--handoff-timeout-s", "20", "--poll-timeout-s", "30", "--tokenizer", str(model_dir),
         ]  # fmt: skip
         front = running.enter_context(gateway([reads.url], flags))
         front.start().wait_ready(60)
