@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from cache_index.opening import open_index
+from engine_adapter.decode_client import DecodeClient
 from gateway import routes_collections, routes_openai, routes_streams
 from gateway.builders import builder_for
 from gateway.engines import AnyEngine
@@ -113,7 +114,7 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
             metrics=metrics,
         )
         prefixes = Prefixes(index, guard)
-        pool = Pool(session, settings, metrics)
+        pool = Pool(session, settings, metrics, decoding=DecodeClient)
         engines = Engines(pool, prefixes, settings.routing)
         streams = Streams(settings, keeper, metrics)
         retrievals = Retrievals(settings, app.get(COLLECTIONS), metrics)

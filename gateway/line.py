@@ -11,7 +11,8 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine_adapter.errors import (
@@ -33,7 +34,8 @@ from engine_adapter.messages import (
     Sampling,
 )
 from engine_adapter.operations import Operations
-from gateway.placement import Engine
+from gateway.engines import Engine
+from gateway.handoff import Decoders
 from gateway.prompt import difference
 from gateway.routing import Decision
 from gateway.telemetry import Metrics
@@ -42,11 +44,13 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 10.0
 """Longest wait for an engine's word on where a prompt stands."""
+ABORT_S = 10.0
+"""Longest wait for an engine that is to forget a prompt; then its lease ends it."""
 MAX_ATTEMPTS = 4
 """How often one thing is asked of engines that lost the prompt, are behind, or are gone."""
 
 
-class Placer(Protocol):
+class Placer(Decoders, Protocol):
     """Finds engines for one model."""
 
     @property
@@ -63,6 +67,15 @@ class Placer(Protocol):
         Raises:
             EngineFailed: there is none but those to avoid.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How an engine is to answer."""
+
+    sampling: Sampling
+    hand_over: bool = False
+    """Only the first token."""
 
 
 class Line:
@@ -83,6 +96,8 @@ class Line:
                 has the right to.
         """
         self.engine: Engine | None = None
+        self.left: Engine | None = None
+        """The engine it led to last."""
         self.decision: Decision | None = None
         self.prompt_id = stream_id
         self.progress: Progress | None = None
@@ -114,8 +129,14 @@ class Line:
         """What the engine has of the prompt is of no use any more."""
         if self.engine is not None:
             self.engine.streams -= 1
-            self.engine = None
+            self.engine, self.left = None, self.engine
         self._forget()
+
+    def leave(self) -> None:
+        """Its engine is gone: go to another one with whatever comes next."""
+        if self.engine is not None:
+            self._avoid.add(self.engine)
+        self.disconnect()
 
     def begin_anew(self) -> None:
         """Take an id that no engine has heard of, before the first operation."""
@@ -157,9 +178,12 @@ class Line:
                     await self._recover(e)
 
     async def answer(
-        self, wanted: list[int], tail: Sequence[int], sampling: Sampling
+        self, wanted: list[int], tail: Sequence[int], how: Callable[[Engine], Asked]
     ) -> AsyncGenerator[Event, None]:
         """Close the prompt with these tokens and its tail; the events of the answer.
+
+        Args:
+            how: called with each engine that is to answer.
 
         Raises:
             EngineError, EngineFailed: no engine can; or one broke off after the first event.
@@ -170,11 +194,10 @@ class Line:
             try:
                 if self._sent is None:
                     await self.bring(wanted)
-                async for event in self._finish([*wanted, *tail], sampling):
-                    if not begun and isinstance(event, ErrorEvent):
-                        raise EngineError.from_json(event.error)
-                    begun = True
-                    yield event
+                async with aclosing(self._finish([*wanted, *tail], how)) as events:
+                    async for event in events:
+                        begun = True
+                        yield event
                 return
             except EngineError as e:
                 if begun or attempt == MAX_ATTEMPTS - 1:
@@ -201,14 +224,30 @@ class Line:
         extend = Extend(version=self._version, keep=keep, tokens=tokens)
         self._note(await client.extend(self.prompt_id, extend))
 
-    async def _finish(self, wanted: list[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
+    async def _finish(
+        self, wanted: list[int], how: Callable[[Engine], Asked]
+    ) -> AsyncGenerator[Event, None]:
+        client, engine = self._client, self.engine
+        assert engine is not None
+        asked = how(engine)
         keep, tokens = difference(self._sent or [], wanted)
-        op = Finish(version=self._version + 1, keep=keep, tokens=tokens, sampling=sampling)
+        op = Finish(
+            version=self._version + 1,
+            keep=keep,
+            tokens=tokens,
+            sampling=asked.sampling,
+            hand_over=asked.hand_over,
+        )
         self._metrics.operations.labels("finish").inc()
-        async with self._client.finish(self.prompt_id, op) as events:
+        async with client.finish(self.prompt_id, op) as events:
             async for event in events:
+                if isinstance(event, ErrorEvent):
+                    raise EngineError.from_json(event.error)
                 yield event
-                if isinstance(event, DoneEvent | ErrorEvent):
+                if isinstance(event, DoneEvent):
+                    with suppress(EngineError):  # an engine takes who leaves early for one that
+                        async for _ in events:  # gives up, and may free what it has handed over
+                            pass
                     return
         raise EngineUnavailable("the engine ended the answer without completing it")
 
@@ -233,8 +272,7 @@ class Line:
                     logger.warning(
                         "stream %s leaves %s: %s", self._stream_id, self.engine.url, error
                     )
-                    self._avoid.add(self.engine)
-                self.disconnect()
+                self.leave()
             case _:
                 raise error
 
@@ -288,5 +326,6 @@ class Line:
 async def abort(engine: Engine | None, prompt_id: str) -> None:
     """Free an engine's memory of a prompt. No error if it has nothing of it."""
     if engine is not None:
-        with suppress(EngineError):
-            await engine.client.abort(prompt_id)
+        with suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(ABORT_S):
+                await engine.client.abort(prompt_id)

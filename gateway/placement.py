@@ -187,6 +187,10 @@ class ModelPlacer:
             return False
         return sum(e.takes and e.serves(self.model) for e in self.engines.ready) > 1
 
+    def choose(self, length: int, avoid: Collection[DecodeEngine]) -> DecodeEngine:
+        """See `Engines.choose`."""
+        return self.engines.choose(self.model, length, avoid)
+
     async def place(self, tokens: Sequence[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
         """See `Engines.place`."""
         return await self.engines.place(self.model, tokens, avoid)

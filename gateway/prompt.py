@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, ContextTooLong
 
 DOCUMENTS = "{{documents}}"
 """Where a message's content has this, the documents go."""
@@ -74,6 +74,22 @@ class Prompt:
     def length(self) -> int:
         """Tokens of the whole prompt, tail included."""
         return self.open_length + len(self.tail)
+
+    def must_fit(self, limit: int | None, answer_tokens: int, *, param: str) -> None:
+        """Refuse a prompt that does not leave room for its answer.
+
+        Args:
+            limit: tokens that the model takes; None if that is not known.
+
+        Raises:
+            ContextTooLong
+        """
+        if limit is not None and self.length + answer_tokens > limit:
+            raise ContextTooLong(
+                f"the prompt would have {self.length} tokens and the answer up to {answer_tokens}, "
+                f"but the model takes {limit}",
+                param=param,
+            )
 
 
 def difference(held: Sequence[int], wanted: Sequence[int]) -> tuple[int, list[int]]:

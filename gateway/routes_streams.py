@@ -308,6 +308,7 @@ async def _describe(stream: Stream) -> dict[str, Any]:
         "error": None if stream.error is None else stream.error.to_json()["error"],
         "engine": None if stream.engine is None else stream.engine.url,
         "routing": None if stream.line.decision is None else asdict(stream.line.decision),
+        "handoff": _handoff(stream),
         "chunks": len(stream.prompt.documents),
         "tokens": {
             "prompt": stream.prompt.length,
@@ -316,6 +317,12 @@ async def _describe(stream: Stream) -> dict[str, Any]:
             "prefilled": 0 if progress is None else progress.computed,
         },
     } | retrieval(stream)
+
+
+def _handoff(stream: Stream) -> dict[str, Any] | None:
+    """Where its answer is decoded; None while no engine was asked for it."""
+    handoff = None if stream.course is None else stream.course.handoff
+    return None if handoff is None else asdict(handoff)
 
 
 def _acknowledged(stream: Stream, seq: int, taken: Taken) -> dict[str, Any]:

@@ -52,6 +52,17 @@ class Settings:
     advertise: str | None = _setting(
         None, "URL under which other replicas reach this one (default: host and port)"
     )
+    handoff_min_tokens: int = _setting(
+        16, "answers of fewer tokens are decoded where their prompts were read"
+    )
+    handoff_idle_tokens: int = _setting(
+        0,
+        "answers are decoded where their prompts were read while no more tokens are queued there, "
+        "each open prompt counting 256; -1: never",
+    )
+    handoff_timeout_s: float = _setting(
+        10.0, "longest wait for a decode engine to fetch a prompt's KV; then it is read anew"
+    )
     routing: str = _setting("prefix", "which engine: " + ", ".join(POLICIES))
     engine_max_streams: int = _setting(
         0, "streams and requests at once on one engine; more are answered 503 (0: any number)"
@@ -169,17 +180,18 @@ AT_RUN_TIME = frozenset(
         "engine", "plain_engine", "decode_engine", "routing", "engine_max_streams", "eject_after",
         "drain_timeout_s", "max_streams", "max_chunk_bytes", "max_body_bytes", "idle_timeout_s",
         "poll_s", "poll_timeout_s", "heartbeat_s", "log_level",
+        "handoff_min_tokens", "handoff_idle_tokens", "handoff_timeout_s",
     }
 )  # fmt: skip
 """What a running gateway can be told anew; the rest is read when it starts."""
 
 _FROM_ONE = (
     "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache", "crawl_max_pages",
-    "max_retrievals", "eject_after",
+    "max_retrievals", "eject_after", "handoff_min_tokens",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
-    "retrieval_max_s", "poll_timeout_s",
+    "retrieval_max_s", "poll_timeout_s", "handoff_timeout_s",
 )  # fmt: skip
 
 

@@ -17,17 +17,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Literal
 
 from engine_adapter.errors import EngineError
-from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Progress
+from engine_adapter.messages import DoneEvent, Event, Progress
 from gateway.account import account_of
 from gateway.answering import Answering
 from gateway.books import Books
+from gateway.chores import Chores
+from gateway.course import Course
+from gateway.engines import AnyEngine, Engine
 from gateway.errors import (
-    ContextTooLong,
     EngineFailed,
     GatewayError,
     IndexAway,
@@ -35,10 +37,10 @@ from gateway.errors import (
     SequenceGap,
     from_engine,
 )
+from gateway.handoff import Rule
 from gateway.keeper import Keeper, Moved
 from gateway.known import KnownDocuments
 from gateway.line import Line, Placer, abort
-from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
 from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
@@ -68,6 +70,7 @@ class Stream:
         lease_s: float,
         placer: Placer,
         keeper: Keeper | None,
+        rule: Rule,
         metrics: Metrics,
         ended: Callable[[Stream], None],
         moved: Callable[[Stream], None],
@@ -96,9 +99,9 @@ class Stream:
         self.books = Books(self, keeper)
         self.taken: list[Taken] = []
         """The answer to each post, by its seq."""
-        self.served_by: Engine | None = None
-        """The last engine it had, once it has ended."""
         self.retrieval: Retrieval | None = None
+        self.course: Course | None = None
+        """Of its answer, once its input is closed."""
         self._answer_tokens = options.answer_tokens or 1
         self._placer = placer
         self._metrics = metrics
@@ -106,10 +109,9 @@ class Stream:
         self._taking = asyncio.Lock()
         self._changed = asyncio.Event()
         self._changed.set()  # the head is there to be read
-        self._pump_task: asyncio.Task[None] | None = None
-        self._answer_task: asyncio.Task[None] | None = None
-        self._last_words: list[asyncio.Task[None]] = []
+        self._chores = Chores()
         self._answering = Answering(metrics)
+        self._rule = rule
 
     @property
     def ended(self) -> bool:
@@ -119,7 +121,7 @@ class Stream:
     @property
     def engine(self) -> Engine | None:
         """Where its prompt is, or was."""
-        return self.line.engine or self.served_by
+        return self.line.engine or self.line.left
 
     async def begin(self) -> None:
         """Make the stream known to the other replicas and begin to read.
@@ -243,13 +245,7 @@ class Stream:
     ) -> None:
         """Raise ContextTooLong if a prompt does not leave room for the answer."""
         limit = self._placer.max_model_len
-        reserved = answer_tokens or self._answer_tokens
-        if limit is not None and prompt.length + reserved > limit:
-            raise ContextTooLong(
-                f"the prompt would have {prompt.length} tokens and the answer up to {reserved}, "
-                f"but the model takes {limit}",
-                param=param,
-            )
+        prompt.must_fit(limit, answer_tokens or self._answer_tokens, param=param)
 
     async def finish(self, options: Options) -> None:
         """Close the input and begin the answer; `next_event` gives it.
@@ -321,15 +317,14 @@ class Stream:
                 if not await self.line.look():
                     self._changed.set()
 
-    async def _keep_ended(self) -> None:
+    async def _keep_if_ours(self) -> None:
         with suppress(Moved):
             await self.keep()
 
     async def keep_again(self) -> None:
         """Write the whole record: the index may have lost it."""
         self.books.lost()
-        with suppress(Moved):
-            await self.keep()
+        await self._keep_if_ours()
 
     def resume(self, taken: Sequence[Taken], created_s: float, ledger: Ledger) -> None:
         """Be the stream that another replica held."""
@@ -376,12 +371,9 @@ class Stream:
     async def leave(self) -> None:
         """This replica ends: what another one needs to go on is in the index and at the engine."""
         if not self.books.kept:
-            await self.close()
-            return
-        with suppress(Moved):
-            await self.keep()
-        await self._ended_tasks()
-        await asyncio.gather(*self._last_words, return_exceptions=True)
+            return await self.close()
+        await self._keep_if_ours()
+        await self._chores.all_done()
 
     async def take_back_finish(self) -> None:
         """Whoever passed the answer on is gone, and the client with it or about to ask again at
@@ -389,14 +381,14 @@ class Stream:
         if self.state != "finishing":
             return
         engine, prompt_id = self.line.engine, self.line.prompt_id
-        await self._ended_tasks()
+        await self._chores.stopped()
         if self.state != "finishing":
             return
-        self.state, self._answering = "open", Answering(self._metrics)
+        self.state, self._answering, self.course = "open", Answering(self._metrics), None
         self.touched_s = time.monotonic()
         self.line.begin_anew()
         self._start()
-        self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
+        self._free(engine, prompt_id)
         with suppress(Moved):
             await self.keep()
 
@@ -413,47 +405,34 @@ class Stream:
             return
         engine, prompt_id = self.line.engine, self.line.prompt_id
         self._end(state)
-        await self._ended_tasks()
+        await self._chores.stopped()
         await abort(engine, prompt_id)
 
     async def close(self) -> None:
         """Cancel, and wait for the tasks, however it ended."""
         with suppress(Moved):
             await self.cancel()
-        await self._ended_tasks()
-        await asyncio.gather(*self._last_words, return_exceptions=True)
-
-    async def _ended_tasks(self) -> None:
-        tasks = [t for t in (self._pump_task, self._answer_task) if t is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._chores.all_done()
 
     def _end(self, state: State) -> None:
         self.state = state
         self.known.clear()
         self.touched_s = time.monotonic()
-        self.served_by = self.line.engine
         self.line.disconnect()
         account_of(self, self._answering).told(self._metrics)
-        current = asyncio.current_task()
-        for task in (self._pump_task, self._answer_task):
-            if task is not None and task is not current:
-                task.cancel()
+        self._chores.stop(others=True)
         if self.books.kept and state != "moved":
-            self._last_words.append(asyncio.create_task(self._keep_ended()))
+            self._chores.say(self._keep_if_ours())
         self._ended(self)
 
     # How the engine gets to it.
 
-    def engine_lost(self) -> None:
-        """Its engine is gone, with all that it had of the prompt: begin again on another."""
-        if self.state == "finishing" and self._answering.begun:
-            self.fail(EngineFailed("the engine of this stream died"))
-        elif not self.ended:
-            for task in (self._pump_task, self._answer_task):
-                if task is not None:
-                    task.cancel()
+    def engine_lost(self, engine: AnyEngine) -> None:
+        """An engine is gone. If it is this stream's, begin again on another."""
+        if self.state == "finishing" and self.course is not None and self.course.begun:
+            self.course.engine_lost(engine)
+        elif not self.ended and self.line.engine is engine:
+            self._chores.stop()
             self.line.disconnect()
             self._start()
 
@@ -461,9 +440,9 @@ class Stream:
         """Read, or answer."""
         if self.state == "open":
             self._changed.set()
-            self._pump_task = asyncio.create_task(self._pump())
+            self._chores.begin(self._pump())
         else:
-            self._answer_task = asyncio.create_task(self._answer())
+            self._chores.begin(self._answer())
 
     async def _pump(self) -> None:
         """Bring the engine to the prompt, again and again, until the input is closed."""
@@ -487,11 +466,16 @@ class Stream:
         sampling = self._answering.sampling
         assert sampling is not None
         self._changed.set()  # a pump that waits for input sees that there is no more
-        answer = self.line.answer(self.prompt.open_tokens, self.prompt.tail, sampling)
+        self.course = Course(
+            self.line, self._placer, self._rule, self._metrics, prompt=self.prompt,
+            sampling=sampling, tell=self._pass_on, free=self._free,
+        )  # fmt: skip
         with self._failing():
-            async with aclosing(answer) as events:
-                async for event in events:
-                    self._pass_on(event)
+            await self.course.run()
+
+    def _free(self, engine: Engine | None, prompt_id: str) -> None:
+        """Have an engine forget a prompt; `close` waits for it."""
+        self._chores.say(abort(engine, prompt_id))
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -503,15 +487,12 @@ class Stream:
         except (EngineError, GatewayError) as e:
             engine, prompt_id = self.line.engine, self.line.prompt_id
             self.fail(from_engine(e) if isinstance(e, EngineError) else e)
-            self._last_words.append(asyncio.create_task(abort(engine, prompt_id)))
+            self._free(engine, prompt_id)
         except Exception:  # a stream whose task has died would wait for ever
             logger.exception("stream %s failed", self.id)
             self.fail(GatewayError("the gateway failed"))
 
     def _pass_on(self, event: Event) -> None:
-        if isinstance(event, ErrorEvent):
-            self.fail(from_engine(EngineError.from_json(event.error)))
-            return
         self.touched_s = time.monotonic()
         self._answering.put(event)
         if isinstance(event, DoneEvent):

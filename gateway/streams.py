@@ -13,6 +13,7 @@ from typing import Any
 
 from gateway.engines import AnyEngine
 from gateway.errors import Overloaded
+from gateway.handoff import Rule
 from gateway.keeper import Keeper, Moved
 from gateway.line import Placer, abort
 from gateway.logs import bind
@@ -108,6 +109,7 @@ class Streams:
             lease_s=self._settings.lease_s,
             placer=placer,
             keeper=self._keeper if kept else None,
+            rule=self._rule(),
             metrics=self._metrics,
             ended=self._ended,
             moved=self._moved,
@@ -118,6 +120,10 @@ class Streams:
         self._alive_of[model] += 1
         self._metrics.open_streams.set(self._alive)
         return stream
+
+    def _rule(self) -> Rule:
+        now = self._settings
+        return Rule(now.handoff_min_tokens, now.handoff_idle_tokens, now.handoff_timeout_s)
 
     def find(self, stream_id: str) -> Stream | None:
         """The stream of an id, if this replica holds it."""
@@ -153,17 +159,16 @@ class Streams:
     def engine_lost(self, engine: AnyEngine) -> None:
         """Streams of an engine that is gone go on elsewhere, or fail."""
         for stream in list(self._streams.values()):
-            if stream.line.engine is engine:
-                stream.engine_lost()
+            stream.engine_lost(engine)
 
     def leave(self, engine: AnyEngine, answered_too: bool) -> None:
         """Streams of an engine that is to get no more go on elsewhere, as if it were gone, and free
         its memory, if it is still there. Those whose input is closed stay, or have to go too."""
         for stream in list(self._streams.values()):
-            if stream.line.engine is engine and (answered_too or stream.state == "open"):
-                freeing = abort(stream.line.engine, stream.line.prompt_id)
-                stream.engine_lost()
-                self._look_after(freeing)
+            if answered_too or stream.state == "open":
+                if stream.line.engine is engine:
+                    self._look_after(abort(stream.line.engine, stream.line.prompt_id))
+                stream.engine_lost(engine)
 
     async def keep_again(self) -> None:
         """Write every record anew."""

@@ -83,6 +83,18 @@ class Metrics:
         self.errors = Counter(
             "stream2llm_errors_total", "Errors told to clients", ["code"], registry=self.registry
         )
+        self.handoffs = Counter(
+            "stream2llm_handoffs_total",
+            "Answers by where they were to be decoded, here or elsewhere, and why",
+            ["decoded", "reason"],
+            registry=self.registry,
+        )
+        self.resumed = Counter(
+            "stream2llm_answers_resumed_total",
+            "Answers gone on with after an engine broke off: continued, or retold by another",
+            ["how"],
+            registry=self.registry,
+        )
         self.ttft = Histogram(
             "stream2llm_time_to_first_token_seconds",
             "From finish to the first token of the answer",

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import uvloop
 from aiohttp import web
 
@@ -32,6 +33,9 @@ class FakeCore:
     prefill_s: Callable[[list[int]], float] = lambda tokens: 0.0
     """From closing the input, which is these tokens, to the first token."""
     kv_blocks: int = 100_000
+    hands_over: bool = False
+    leased: dict[str, list[int]] = field(default_factory=dict)
+    """Prompts whose KV waits for another engine."""
     publishes: Mapping[str, Any] = field(default_factory=dict)
     """What it says of its KV events, of which it has none."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -59,6 +63,7 @@ class FakeCore:
 
     async def close(self, prompt_id: str) -> Status:
         self.tokens.pop(prompt_id, None)
+        self.leased.pop(prompt_id, None)
         self.operations.append("close")
         return {}
 
@@ -79,6 +84,7 @@ class FakeCore:
             "hardware": "2x Fake",
             "accelerators": 2,
             "settings": "none",
+            "hands_over": self.hands_over,
         }
 
     async def kv_events(self) -> Mapping[str, Any]:
@@ -96,7 +102,9 @@ class FakeCore:
         return sampling
 
     def first_token_only(self, params: Sampling) -> Sampling:
-        raise BadOperation("this engine hands no prompt over")
+        if not self.hands_over:
+            raise BadOperation("this engine hands no prompt over")
+        return msgspec.structs.replace(params, max_tokens=1)
 
     async def answer(
         self,
@@ -109,13 +117,18 @@ class FakeCore:
         self.finished[prompt_id] = tokens
         await self.close(prompt_id)
         await asyncio.sleep(self.prefill_s(tokens))
-        for text in ("an", "swer"):
+        over = self.hands_over and params.max_tokens == 1
+        texts = ("an",) if over else ("an", "swer")
+        for text in texts:
             yield TokenEvent(token_ids=[1], text=text)
+        if over:
+            self.leased[prompt_id] = tokens
         yield DoneEvent(
-            finish_reason="stop",
+            finish_reason="length" if over else "stop",
             prompt_tokens=len(tokens),
             cached_tokens=0,
-            completion_tokens=2,
+            completion_tokens=len(texts),
+            kv_transfer={"prompt_id": prompt_id} if over else None,
         )
 
     async def abort(self, request_id: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,12 @@ class FakeOpenAI:
     """Status and message of every completion."""
     finish_reason: str | None = "length"
     """None: answers end without one."""
+    first_token: Callable[[list[int]], int] = sum
+    """Of the answer to a prompt; each that follows is one more."""
+    breaks_after: int | None = None
+    """So many tokens of an answer its connection breaks."""
+    fetch: Callable[[dict[str, Any]], bool] = lambda kv_transfer: True
+    """Gets the KV that others have prefilled, if it is there."""
     counts_tokens: bool = True
     cached_details: bool = True
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -126,8 +133,15 @@ class FakeOpenAI:
         await response.prepare(request)
         try:
             await self.answer_gate.wait()
+            kv_transfer = body.get("kv_transfer_params")
+            if kv_transfer is not None and not self.fetch(kv_transfer):
+                await response.write(_event(choices=[{"finish_reason": "error"}]))
+                return response
             for number in range(body["max_tokens"]):
-                token = sum(body["prompt"]) + number
+                if number == self.breaks_after:
+                    self.breaks_after = None
+                    request.transport.abort()  # type: ignore[union-attr]
+                token = self.first_token(body["prompt"]) + number
                 await response.write(_event(choices=[{"token_ids": [token], "text": f" {token}"}]))
                 await self.more_gate.wait()
         except (asyncio.CancelledError, ConnectionError):

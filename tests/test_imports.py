@@ -11,7 +11,8 @@ PACKAGES = ("gateway", "engine_adapter", "retrieval", "cache_index", "deploy", "
 
 ALLOWED = {
     "gateway": {"engine_adapter.client", "engine_adapter.plain_client", "engine_adapter.operations",
-                "engine_adapter.messages", "engine_adapter.errors", "retrieval", "cache_index"},
+                "engine_adapter.decode_client", "engine_adapter.messages", "engine_adapter.errors",
+                "retrieval", "cache_index"},
     "engine_adapter": set[str](),
     "retrieval": set[str](),
     "cache_index": set[str](),

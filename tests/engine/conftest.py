@@ -41,7 +41,7 @@ def builder(model_dir: Path) -> PromptBuilder:
 
 
 async def sent_whole(
-    http: httpx.AsyncClient, engine: Server, tokens: list[int], max_tokens: int
+    http: httpx.AsyncClient, engine: Server, tokens: list[int], max_tokens: int, **options: Any
 ) -> tuple[list[int], str]:
     """What the engine answers to the same tokens as one plain request, with no cache to use."""
     body: dict[str, Any] = {
@@ -51,6 +51,7 @@ async def sent_whole(
         "temperature": 0,
         "return_token_ids": True,
         "cache_salt": f"whole-{next(_salts)}",
+        **options,
     }
     response = await http.post(engine.url + "/v1/completions", json=body)
     assert response.status_code == 200, response.text
