@@ -44,15 +44,15 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def servers(model_dir: Path) -> Iterator[tuple[Server, Server, Server]]:
-    def options(role: Any, plugin: bool) -> EngineOptions:
+    def options(role: Any, plugin: bool, core: str) -> EngineOptions:
         return EngineOptions(
             model=model_dir, dtype="float32", max_model_len=2048, kv_blocks=133,
-            kv_role=role, plugin=plugin, debug_checks=plugin,
+            kv_role=role, plugin=plugin, debug_checks=plugin, cores=core,
         )  # fmt: skip
 
     with ExitStack() as running:
-        reads = running.enter_context(engine(options("kv_producer", True)))
-        decodes = running.enter_context(engine(options("kv_consumer", False)))
+        reads = running.enter_context(engine(options("kv_producer", True, "0")))
+        decodes = running.enter_context(engine(options("kv_consumer", False, "1")))
         for server in (reads, decodes):
             server.start()
         for server in (reads, decodes):
