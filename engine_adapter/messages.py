@@ -38,10 +38,14 @@ from engine_adapter.errors import BadOperation
 PREFIX = "/stream2llm"
 PROTOCOL_VERSION = 1
 
-PromptState = Literal["waiting", "running", "idle", "finishing"]
+PromptState = Literal[
+    "waiting", "running", "idle", "finishing", "handed_over", "fetched", "expired"
+]
 """`waiting`: has tokens to compute and none under way. `running`: being prefilled.
 `idle`: everything it may compute is computed (or evicted) and it waits for more input.
-`finishing`: its input is closed; it may still be updated until its answer has a token."""
+`finishing`: its input is closed; it may still be updated until its answer has a token.
+`handed_over`: its KV waits for another engine. `fetched`: that has it, and had it before anything
+else was written there. `expired`: the KV is gone; what another engine has read may not be it."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

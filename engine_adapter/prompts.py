@@ -120,6 +120,7 @@ class StreamingPrompts(Generic[P]):
         while True:
             await asyncio.sleep(LEASE_SWEEP_S)
             await self.sessions.expire(time.monotonic())
+            await self.sessions.look_after_handed_over()
 
     async def stop(self) -> None:
         """End what `start` has begun."""
@@ -194,18 +195,17 @@ class StreamingPrompts(Generic[P]):
             self._answers[prompt_id] = request_id
             return self.engine.answer(prompt_id, tokens, salt, params, request_id)
 
-        handed_over = False
         try:
             async with aclosing(answer.events(generate)) as events:
                 async for event in events:
                     yield event
-                    handed_over = isinstance(event, DoneEvent) and event.kv_transfer is not None
+                    session.handed_over = isinstance(event, DoneEvent) and bool(event.kv_transfer)
         finally:
             self._answers.pop(prompt_id, None)
             self.sessions.answered(session, answer)
             # The engine may not have taken the request in: then the prompt is still open there.
             # Or it keeps KV for another engine, though nobody has learnt where.
-            if not handed_over:
+            if not session.handed_over:
                 await asyncio.shield(self.engine.close(prompt_id))
 
     def _params(self, prompt_id: str, version: int, length: int, op: Finish) -> P:

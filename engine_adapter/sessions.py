@@ -40,6 +40,9 @@ MAX_LEASE_S = 3600.0
 
 DEFAULT_OPEN_PROMPTS = 1024
 
+WORD_S = 0.2
+"""Longest wait for the word that KV was fetched, which an idle engine hears in its next step."""
+
 
 class Core(Protocol):
     """What the sessions need of an engine's loop. Calls take effect in the order made."""
@@ -59,6 +62,13 @@ class Core(Protocol):
 
     def status(self, prompt_id: str) -> Awaitable[Status]:
         """State of a prompt."""
+
+    def handed_over(self, prompt_id: str, forget: bool) -> Awaitable[Status]:
+        """The `state` of KV that another engine is to fetch; empty if nothing is known of it.
+
+        Args:
+            forget: nobody will ask again.
+        """
 
     def close(self, prompt_id: str) -> Awaitable[Status]:
         """Forget a prompt."""
@@ -92,6 +102,8 @@ class Session:
     """What the newest `open` or `extend` is answered with."""
     newest: Extend | None = field(default=None, repr=False)
     """The operation that made this version, if that was no `open` or `finish`."""
+    handed_over: bool = False
+    """Its answer goes on at another engine, which fetches the KV."""
 
     @property
     def finished(self) -> bool:
@@ -223,11 +235,28 @@ class Sessions:
             UnknownPrompt
         """
         session = self._get(prompt_id)
+        if session.handed_over:
+            return self._progress(session, await self._fetched(session))
         if session.finished:
             return self._progress(
                 session, {"state": "finishing", "length": len(session.tokens), "computed": 0}
             )
         return self._progress(session, await self._core.status(prompt_id))
+
+    async def _fetched(self, session: Session) -> Status:
+        """What has become of handed-over KV. The other engine's word may be on its way."""
+        deadline_s = time.monotonic() + WORD_S
+        while True:
+            found = await self._core.handed_over(session.prompt_id, forget=False)
+            state = found.get("state", "expired")
+            if state != "handed_over" or time.monotonic() > deadline_s:
+                return {"state": state, "length": len(session.read or ()), "computed": 0}
+            await asyncio.sleep(WORD_S / 20)
+
+    async def look_after_handed_over(self) -> None:
+        """Let an idle engine hear whose KV was fetched, and give it back."""
+        waiting = [s.prompt_id for s in self._sessions.values() if s.handed_over]
+        await asyncio.gather(*(self._core.handed_over(i, forget=False) for i in waiting))
 
     async def tokens(self, prompt_id: str) -> PromptTokens:
         """What the engine has of a prompt; renews its lease.
@@ -270,6 +299,8 @@ class Sessions:
         # KV that an answer has left for another engine has a lease of its own.
         left = (s for s in late if s.answer is None or not s.answer.over)
         await asyncio.gather(*(self._close(session) for session in left))
+        over = (s.prompt_id for s in late if s.handed_over)
+        await asyncio.gather(*(self._core.handed_over(i, forget=True) for i in over))
         return [s.prompt_id for s in late]
 
     def _forget(self, session: Session) -> None:

@@ -115,6 +115,10 @@ class Warming:
         """State of a prompt."""
         return _status(self._get(prompt_id))
 
+    async def handed_over(self, prompt_id: str, forget: bool) -> Status:
+        """What has become of handed-over KV: there never is any."""
+        return {}
+
     async def close(self, prompt_id: str) -> Status:
         """Forget a prompt."""
         if (closed := self._prompts.pop(prompt_id, None)) is not None:

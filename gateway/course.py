@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from engine_adapter.errors import EngineError, EngineUnavailable
+from engine_adapter.errors import EngineError, EngineUnavailable, KvLost
 from engine_adapter.messages import DoneEvent, Event, Sampling, TokenEvent
 from gateway.engines import AnyEngine, DecodeEngine, Engine
 from gateway.errors import EngineFailed, ModelNotFound
@@ -176,7 +176,24 @@ class Course:
             raise EngineError("there is no decode engine any more")
         account = Account(self._told, retold=True)
         events = self._at_decoder(engine, self._prompt, self._seeded, kv_transfer)
-        return self._whole(await self._followed(events, account, self._rule.timeout_s), 0)
+        done = await self._followed(events, account, self._rule.timeout_s, fetching=True)
+        return self._whole(done, 0)
+
+    async def _check_fetched(self) -> None:
+        """The decode engine has sampled: did it read the KV before that was given up?
+
+        Raises:
+            KvLost: it may have read what was written there since.
+        """
+        prefiller = self._line.engine
+        if prefiller is None:
+            raise KvLost("the engine that had the KV is gone")
+        try:
+            state = (await prefiller.client.status(self._line.prompt_id)).state
+        except EngineError as e:
+            raise KvLost(f"nobody says whether the KV was still there: {e}") from e
+        if state != "fetched":
+            raise KvLost(f"the KV was {state!r} when it was read")
 
     # When it breaks off.
 
@@ -279,11 +296,19 @@ class Course:
         finally:
             engine.streams -= 1
 
-    async def _followed(self, source: Events, account: Account, first_s: float | None) -> DoneEvent:
+    async def _followed(
+        self,
+        source: Events,
+        account: Account,
+        first_s: float | None,
+        *,
+        fetching: bool = False,
+    ) -> DoneEvent:
         """Pass on what is new to the client.
 
         Args:
             first_s: longest wait for the first event; None where the line sees to that.
+            fetching: the engine begins with KV that the line's engine has.
 
         Raises:
             EngineError, EngineFailed, Moved
@@ -304,9 +329,12 @@ class Course:
                     self._limit.reschedule(clock() + self._silence_s)
                     if not isinstance(event, TokenEvent):
                         raise EngineError.from_json(event.error)
-                    self._pass_on(account.take(event))
+                    if fetching:
+                        await self._check_fetched()
+                        fetching = False
                     if self._decoder is not None and self._line.engine is not None:
-                        self._line.disconnect()  # the KV was fetched
+                        self._line.disconnect()
+                    self._pass_on(account.take(event))
         except TimeoutError as e:
             if done is None:
                 raise EngineUnavailable("the engine is gone or has stalled") from e

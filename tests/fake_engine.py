@@ -61,6 +61,9 @@ class FakeCore:
         length = len(self.tokens[prompt_id])
         return {"state": "idle", "length": length, "computed": length}
 
+    async def handed_over(self, prompt_id: str, forget: bool) -> Status:
+        return {"state": "handed_over" if prompt_id in self.leased else "fetched"}
+
     async def close(self, prompt_id: str) -> Status:
         self.tokens.pop(prompt_id, None)
         self.leased.pop(prompt_id, None)

@@ -127,6 +127,10 @@ class RealTimeEngine:
     def close(self, prompt_id: str) -> asyncio.Future[Status]:
         return self._call(lambda: self._engine.scheduler.close_prompt(prompt_id))
 
+    def handed_over(self, prompt_id: str, forget: bool) -> asyncio.Future[Status]:
+        """What has become of handed-over KV: there never is any."""
+        return self._call(lambda: self._engine.scheduler.handed_over(prompt_id, forget))
+
     def load(self) -> asyncio.Future[Status]:
         """How busy the engine is; see `StreamScheduler.load`."""
         return self._call(self._engine.scheduler.load)

@@ -80,6 +80,8 @@ def _apply(
             return {}
         case "status":
             return scheduler.status(**arguments)
+        case "handed_over":
+            return scheduler.handed_over(**arguments)
         case "load":
             return scheduler.load()
         case "kv_events":
@@ -120,6 +122,9 @@ class VllmEngine:
 
     async def close(self, prompt_id: str) -> Status:
         return await self._call("close", {"prompt_id": prompt_id})
+
+    async def handed_over(self, prompt_id: str, forget: bool) -> Status:
+        return await self._call("handed_over", {"prompt_id": prompt_id, "forget": forget})
 
     async def load(self) -> Status:
         """How busy the engine is; see `StreamScheduler.load`."""

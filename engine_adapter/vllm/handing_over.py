@@ -1,14 +1,16 @@
 """KV of finished prompts that waits for another engine to fetch it, under a lease.
 
 vLLM's NIXL connector keeps the blocks of a request that ends with the transfer parameters below,
-and its worker says when they were fetched or when the lease has ended. What is added here is that
-a lease can be ended early. Checked against vLLM 0.32.
+and its worker says when they were fetched or when the lease has ended. Two things are added here.
+A lease can be ended early. And it is told whether it held until the KV was fetched: the other
+engine reads memory without asking, and if it is late it reads what others have written there
+since, unnoticed. Checked against vLLM 0.32.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlPullConnector
@@ -17,9 +19,15 @@ from engine_adapter.vllm.open_prompts import ended_prompt
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 CONNECTORS = ("NixlConnector", "NixlPullConnector")
+
+State = Literal["handed_over", "fetched", "expired"]
+
+EXPIRED = "num_kv_expired_reqs"
+"""What the connector counts in each step: the leases that have ended."""
 
 KV_TRANSFER = "kv_transfer_params"
 """Key in `SamplingParams.extra_args`, vLLM's own."""
@@ -61,12 +69,34 @@ class Leases:
             connector.connector_scheduler if isinstance(connector, NixlPullConnector) else None
         )
         self._requests: dict[str, Request] = {}
+        self._ended_early: set[str] = set()  # request ids
+        self._states: dict[str, State] = {}  # by prompt id, until `end`
 
     def put(self, request: Request) -> None:
         """Take in a request that has ended and keeps its blocks, if it hands over."""
         prompt_id = ended_prompt(request)
         if self._connector is not None and prompt_id is not None and request.kv_transfer_params:
             self._requests[prompt_id] = request
+            self._states[prompt_id] = "handed_over"
+
+    def state(self, prompt_id: str) -> State | None:
+        """What has become of the KV of a prompt; None if it was not handed over."""
+        return self._states.get(prompt_id)
+
+    def take_in(self, output: KVConnectorOutput) -> None:
+        """Learn whose KV does not wait any more.
+
+        The connector only counts the leases that have ended in a step. Where one has, none of the
+        step's requests counts as fetched: at worst a prompt is computed again for nothing.
+        """
+        sent = output.finished_sending or set()
+        stats = output.kv_connector_stats
+        expired = 0 if stats is None else len(stats.data.get(EXPIRED, ()))
+        expired -= len(self._ended_early & sent)
+        self._ended_early -= sent
+        for prompt_id, request in self._requests.items():
+            if request.request_id in sent and prompt_id in self._states:
+                self._states[prompt_id] = "expired" if expired > 0 else "fetched"
 
     def discard(self, request: Request) -> None:
         """Its blocks were freed."""
@@ -74,10 +104,22 @@ class Leases:
         if prompt_id is not None and self._requests.get(prompt_id) is request:
             del self._requests[prompt_id]
 
-    def end(self, prompt_id: str) -> None:
-        """End the lease of a prompt's KV with the next step; an unknown one is no error.
+    def forget(self, prompt_id: str) -> None:
+        """Nobody will ask what has become of the KV."""
+        self._states.pop(prompt_id, None)
+
+    def end(self, prompt_id: str) -> bool:
+        """End the lease of a prompt's KV with the next step, and forget the prompt; an unknown
+        one is no error.
 
         Nobody may be about to fetch it: who still reads may get what others have written there.
+
+        Returns:
+            Whether there was one.
         """
-        if (request := self._requests.get(prompt_id)) is not None:
+        self.forget(prompt_id)
+        request = self._requests.get(prompt_id)
+        if request is not None:
+            self._ended_early.add(request.request_id)
             self._connector._reqs_need_send[request.request_id] = time.perf_counter()
+        return request is not None

@@ -51,6 +51,7 @@ from engine_adapter.vllm.views import Views
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
 
     BlockHasher = Callable[[Request], list[BlockHash]]
 
@@ -143,7 +144,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def close_prompt(self, prompt_id: str) -> None:
         """Forget a prompt and free its blocks, also those that wait for another engine; an unknown
         one is no error."""
-        self._leases.end(prompt_id)
+        self._replan |= self._leases.end(prompt_id)
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
             self._views.drop_prompt(prompt)
@@ -161,6 +162,21 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "length": request.num_tokens,
             "computed": request.num_computed_tokens,
         }
+
+    def handed_over(self, prompt_id: str, forget: bool) -> dict[str, int | str]:
+        """What has become of the KV of a prompt that another engine is to fetch, as `state`; empty
+        if nothing is known of it.
+
+        A step follows: an idle engine hears from its connector only then.
+
+        Args:
+            forget: nobody will ask again. The lease goes on.
+        """
+        state = self._leases.state(prompt_id)
+        self._replan |= state == "handed_over"
+        if forget:
+            self._leases.forget(prompt_id)
+        return {} if state is None else {"state": state}
 
     def set_policy(self, policy: str) -> None:
         """Order by another policy from the next step on.
@@ -239,6 +255,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_blocks(self, request: Request) -> None:
         self._leases.discard(request)
         super()._free_blocks(request)
+
+    def _update_from_kv_xfer_finished(self, kv_connector_output: KVConnectorOutput) -> None:
+        self._leases.take_in(kv_connector_output)
+        super()._update_from_kv_xfer_finished(kv_connector_output)
 
     def has_requests(self) -> bool:
         """Also true when an operation has given an open prompt something to compute."""

@@ -195,6 +195,8 @@ class Prefill(Fallible):
     """An engine that reads prompts."""
 
     hands_over = True
+    kept = "fetched"
+    """What it says of KV that does not wait any more."""
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(name, **options)
@@ -245,6 +247,10 @@ class Prefill(Fallible):
         return self._progress(prompt_id)
 
     async def status(self, prompt_id: str) -> Progress:
+        self.must_live()
+        if prompt_id in self.finished and prompt_id not in self.prompts:
+            state: Any = "handed_over" if prompt_id in self.leased else self.kept
+            return Progress(prompt_id=prompt_id, version=0, state=state, length=1, computed=0)
         self._get(prompt_id)
         return self._progress(prompt_id)
 
