@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 import aiohttp
@@ -113,10 +113,11 @@ class EngineClient:
         ):
             if response.status != 200:
                 raise _error(await response.read())
-            yield self._events(response)
+            async with aclosing(self._events(response)) as events:
+                yield events
 
     @staticmethod
-    async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
+    async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[Event, None]:
         async with translated():
             async for line in response.content:
                 yield decode_event(line)

@@ -29,13 +29,14 @@ class DecodeClient:
     """One server. Shares a session that the caller owns and closes."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, url: str, *, kv_timeout_s: float = 30.0
+        self, session: aiohttp.ClientSession, url: str, *, kv_timeout_s: float = 20.0
     ) -> None:
         """
         Args:
             url: where the server is, e.g. `http://127.0.0.1:8000`, without `/v1`.
             kv_timeout_s: longest wait for the first token of an answer whose KV is elsewhere, the
-                time that the server lets it wait for its turn included.
+                time that the server lets it wait for its turn included. Well below the lease of
+                that KV: the server reads it also when its lease has run out, whatever is there.
         """
         self._server = PlainServer(session, url)
         self._kv_timeout_s = kv_timeout_s
@@ -112,8 +113,9 @@ class DecodeClient:
     async def _events(self, body: completions.Json, sampling: Sampling) -> AsyncGenerator[Event]:
         async with (
             self._server.stream(body) as reading,
+            aclosing(reading.lines()) as lines,
             aclosing(
-                completions.events(reading.lines(), len(body["prompt"]), 0, sampling.logprobs)
+                completions.events(lines, len(body["prompt"]), 0, sampling.logprobs)
             ) as events,
         ):
             async for event in events:

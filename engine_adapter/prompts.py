@@ -198,13 +198,13 @@ class StreamingPrompts(Generic[P]):
         try:
             async with aclosing(answer.events(generate)) as events:
                 async for event in events:
-                    yield event
                     session.handed_over = isinstance(event, DoneEvent) and bool(event.kv_transfer)
+                    yield event
         finally:
             self._answers.pop(prompt_id, None)
             self.sessions.answered(session, answer)
             # The engine may not have taken the request in: then the prompt is still open there.
-            # Or it keeps KV for another engine, though nobody has learnt where.
+            # Or it keeps KV for another engine, though nobody can have learnt where.
             if not session.handed_over:
                 await asyncio.shield(self.engine.close(prompt_id))
 

@@ -203,8 +203,9 @@ class Warming:
         try:
             async with (
                 self._server.stream(body) as reading,
+                aclosing(reading.lines()) as lines,
                 aclosing(
-                    completions.events(reading.lines(), len(tokens), warmed, params.get("logprobs"))
+                    completions.events(lines, len(tokens), warmed, params.get("logprobs"))
                 ) as found,
             ):
                 self._answers[request_id] = reading

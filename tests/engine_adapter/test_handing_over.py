@@ -10,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 
+from engine_adapter.errors import BadOperation
+from engine_adapter.messages import Finish, Sampling
 from engine_adapter.vllm.handing_over import KV_TRANSFER, first_token_only
+from engine_adapter.vllm.routes import streaming_prompts
+from tests.engine_adapter.fake_llm import FakeLLM
 from tests.engine_adapter.harness import BLOCK_SIZE, VOCABULARY, Engine, expected_answer
 
 
@@ -162,3 +166,14 @@ def test_the_request_is_cut_behind_its_first_token() -> None:
     assert cut.extra_args[KV_TRANSFER]["do_remote_decode"]
     assert (params.max_tokens, params.min_tokens, params.extra_args) == (9, 4, {"other": 1})
     assert first_token_only(SamplingParams(max_tokens=1)).extra_args is None
+
+
+async def test_an_engine_without_a_connector_hands_nothing_over(model_dir: Path) -> None:
+    engine = Engine(model_dir, 30)
+    prompts = streaming_prompts(FakeLLM(engine, random.Random(0)), "m")  # type: ignore[arg-type]
+    op = Finish(version=1, keep=1, tokens=[], sampling=Sampling(), hand_over=True)
+    with pytest.raises(BadOperation, match="hand"):
+        prompts.answer("p", op)
+    assert not engine.scheduler.load()["hands_over"]
+    assert Engine(model_dir, 30, hands_over=True).scheduler.load()["hands_over"]
+    await prompts.stop()

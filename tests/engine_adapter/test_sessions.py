@@ -399,3 +399,18 @@ async def test_a_prompt_that_is_aborted_in_the_same_moment_does_not_stay_in_the_
     await asyncio.gather(opened, sessions.abort("p"))
     assert core.operations == ["open", "close"]
     assert core.tokens == {}
+
+
+async def test_only_an_abort_reaches_what_an_answer_has_left_in_the_engine(
+    sessions: Sessions, core: FakeCore
+) -> None:
+    """KV for another engine: it has a lease of its own, longer perhaps than that of the prompt."""
+    for prompt_id in ("kept", "aborted"):
+        await sessions.open(prompt_id, Open(tokens=[1, 2], lease_s=0.01))
+        session, answer = sessions.finish(prompt_id, finish(1, 2))
+        sessions.answered(session, answer)
+    core.operations.clear()
+    await sessions.abort("aborted")
+    assert core.operations == ["close"]
+    assert await sessions.expire(time.monotonic() + 1) == ["kept"]
+    assert core.operations == ["close"]
