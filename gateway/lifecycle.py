@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -33,8 +35,9 @@ NEW = frozenset(
 WATCHING = frozenset({"/health", "/ready", "/metrics"})
 """Requests that nobody has to wait for."""
 LOOK_S = 0.05
-SETTLE_S = 0.2
-"""The least that a drain takes: clients hear on their connections that these are closed."""
+QUIET_S = 0.5
+"""Behind the last request, before connections that are still there are closed: closed in the moment
+in which a client uses it, one would take the request with it."""
 
 
 class Lifecycle:
@@ -44,7 +47,18 @@ class Lifecycle:
         self.draining = False
         self.requests = 0
         """Under way."""
+        self._last_s = -float("inf")
         self._drain: asyncio.Task[bool] | None = None
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """While a request is under way."""
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+            self._last_s = time.monotonic()
 
     def begin_drain(self, current: Current, streams: Streams, keeper: Keeper) -> asyncio.Task[bool]:
         """Drain, once; the task says whether all had ended in time."""
@@ -54,6 +68,14 @@ class Lifecycle:
             self._drain = asyncio.create_task(self._drained(current, streams, keeper))
         return self._drain
 
+    async def quiet(self, within_s: float) -> None:
+        """Wait until nobody has asked anything for a while, if that comes in time."""
+        deadline_s = time.monotonic() + within_s
+        while (now_s := time.monotonic()) < deadline_s:
+            if not self.requests and now_s > self._last_s + QUIET_S:
+                return
+            await asyncio.sleep(LOOK_S)
+
     async def stop(self) -> None:
         """End a drain that is under way."""
         if self._drain is not None:
@@ -62,7 +84,6 @@ class Lifecycle:
 
     async def _drained(self, current: Current, streams: Streams, keeper: Keeper) -> bool:
         begun_s = time.monotonic()
-        await asyncio.sleep(SETTLE_S)
         while (left := self.requests + streams.bound) or streams.movable:
             took_s = time.monotonic() - begun_s
             others = await _others(keeper)
@@ -93,12 +114,9 @@ def counting(lifecycle: Lifecycle) -> Middleware:
     async def counted(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path in WATCHING:
             return await handler(request)
-        if lifecycle.draining and (request.method, request.path) in NEW:
-            raise Draining("this gateway takes no new streams: it is about to end")
-        lifecycle.requests += 1
-        try:
+        with lifecycle.request():
+            if lifecycle.draining and (request.method, request.path) in NEW:
+                raise Draining("this gateway takes no new streams: it is about to end")
             return await handler(request)
-        finally:
-            lifecycle.requests -= 1
 
     return counted

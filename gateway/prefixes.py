@@ -119,6 +119,7 @@ class Prefixes:
 
     def unfollow(self, engine: AnyEngine) -> None:
         """What an engine holds is of no use any more."""
+        self._under_way.pop(engine.url, None)
         if (following := self._following.pop(engine.url, None)) is not None:
             stopping = asyncio.create_task(self._stop_following(engine.url, following))
             self._stopping.add(stopping)

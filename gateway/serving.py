@@ -35,7 +35,7 @@ async def serve(app: web.Application) -> None:
     admins = admin(app, settings.admin_key_file) if settings.admin_port else None
     loop.add_signal_handler(signal.SIGINT, ended.set)
     async with AsyncExitStack() as running:
-        await _listen(running, app, settings.host, settings.port)
+        door = await _listen(running, app, settings.host, settings.port)
         if admins is not None:
             await _listen(running, admins, settings.admin_host, settings.admin_port)
             print(f"admin routes on http://{settings.admin_host}:{settings.admin_port}", flush=True)
@@ -43,15 +43,22 @@ async def serve(app: web.Application) -> None:
         loop.add_signal_handler(signal.SIGHUP, _reload, app)
         print(f"gateway on http://{settings.host}:{settings.port}", flush=True)
         await ended.wait()
+        if app[LIFECYCLE].draining:
+            await door.stop()  # whoever comes now goes elsewhere at once
+            await app[LIFECYCLE].quiet(settings.drain_timeout_s)
 
 
-async def _listen(running: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
+async def _listen(
+    running: AsyncExitStack, app: web.Application, host: str, port: int
+) -> web.TCPSite:
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
     )
     running.push_async_callback(runner.cleanup)
     await runner.setup()
-    await web.TCPSite(runner, host, port).start()
+    site = web.TCPSite(runner, host, port)
+    await site.start()
+    return site
 
 
 def _drain(app: web.Application, loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:

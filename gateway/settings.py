@@ -176,7 +176,7 @@ AT_RUN_TIME = frozenset(
     {
         "engine", "plain_engine", "decode_engine", "routing", "engine_max_streams", "eject_after",
         "drain_timeout_s", "max_streams", "max_chunk_bytes", "max_body_bytes", "idle_timeout_s",
-        "keep_finished_s", "lease_s", "poll_s", "poll_timeout_s", "heartbeat_s", "log_level",
+        "poll_s", "poll_timeout_s", "heartbeat_s", "log_level",
         "handoff_min_tokens", "handoff_idle_tokens", "handoff_timeout_s",
     }
 )  # fmt: skip
