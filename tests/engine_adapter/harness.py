@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
     OffloadingWorkerMetadata,
@@ -37,6 +39,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from engine_adapter.scheduling.cost import CostModel, Curve, Point, Setup
+from engine_adapter.vllm.handing_over import first_token_only
 from engine_adapter.vllm.open_prompts import ADOPT, VERSION
 from engine_adapter.vllm.scheduler import StreamScheduler
 
@@ -147,18 +150,46 @@ class HostCopies:
 
 
 @dataclass
+class Sends:
+    """KV that waits for another engine, as the workers of NIXL's connector keep track."""
+
+    now_s: Callable[[], float] = time.perf_counter
+    known: set[str] = field(default_factory=set)
+    until_s: dict[str, float] = field(default_factory=dict)
+    fetched: set[str] = field(default_factory=set)
+
+    def follow(self, meta: NixlConnectorMetadata) -> None:
+        self.known |= meta.reqs_in_batch
+        for request_id in meta.reqs_not_processed:
+            self.known.discard(request_id)
+            assert request_id not in self.until_s, "taken back under a lease"
+        self.until_s |= {i: s for i, s in meta.reqs_to_send.items() if i in self.known}
+
+    def report(self) -> KVConnectorOutput | None:
+        late = {i for i, s in self.until_s.items() if s <= self.now_s()}
+        done = late | (self.fetched & self.until_s.keys())
+        for request_id in done:
+            self.known.remove(request_id)
+            del self.until_s[request_id]
+        return KVConnectorOutput(finished_sending=done) if done else None
+
+
+@dataclass
 class Worker:
     """Follows scheduler outputs as vLLM's model runner does, and checks them."""
 
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
     requests: dict[str, WorkerRequest] = field(default_factory=dict)
     copies: HostCopies = field(init=False)
+    sends: Sends = field(default_factory=Sends)
 
     def __post_init__(self) -> None:
         self.copies = HostCopies(self.slots, random.Random(0))
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        if output.kv_connector_metadata is not None:
+        if isinstance(output.kv_connector_metadata, NixlConnectorMetadata):
+            self.sends.follow(output.kv_connector_metadata)
+        elif output.kv_connector_metadata is not None:
             self.copies.begin(output.kv_connector_metadata)
         for request_id in output.finished_req_ids:
             self.requests.pop(request_id, None)
@@ -189,7 +220,7 @@ class Worker:
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
-            kv_connector_output=self.copies.report(),
+            kv_connector_output=self.copies.report() or self.sends.report(),
         )
 
     def _compute(self, request_id: str, start: int, count: int) -> list[int]:
@@ -213,13 +244,22 @@ class Worker:
         return request.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
 
 
-@functools.cache
-def _engine_config(model: Path, host_blocks: int) -> Any:
-    swapping = KVTransferConfig(
+def _connector(host_blocks: int, hands_over: bool) -> KVTransferConfig | None:
+    if hands_over:
+        return KVTransferConfig(
+            kv_connector="NixlConnector", kv_role="kv_producer", kv_buffer_device="cpu"
+        )
+    if not host_blocks:
+        return None
+    return KVTransferConfig(
         kv_connector="OffloadingConnector",
         kv_role="kv_both",
         kv_connector_extra_config={"cpu_bytes_to_use": host_blocks * HOST_BLOCK_BYTES},
     )
+
+
+@functools.cache
+def _engine_config(model: Path, host_blocks: int, hands_over: bool) -> Any:
     config = EngineArgs(
         model=str(model),
         max_model_len=MAX_MODEL_LEN,
@@ -228,7 +268,7 @@ def _engine_config(model: Path, host_blocks: int) -> Any:
         block_size=32,
         enforce_eager=True,
         dtype="float32",
-        kv_transfer_config=swapping if host_blocks else None,
+        kv_transfer_config=_connector(host_blocks, hands_over),
     ).create_engine_config()
     config.cache_config.block_size = BLOCK_SIZE
     return config
@@ -238,9 +278,14 @@ class Engine:
     """vLLM's engine loop without processes: two steps in flight, as under async scheduling."""
 
     def __init__(
-        self, model: Path, blocks: int, step_tokens: int = 24, host_blocks: int = 0
+        self,
+        model: Path,
+        blocks: int,
+        step_tokens: int = 24,
+        host_blocks: int = 0,
+        hands_over: bool = False,
     ) -> None:
-        config = _engine_config(model, host_blocks)
+        config = _engine_config(model, host_blocks, hands_over)
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
@@ -282,15 +327,17 @@ class Engine:
         max_tokens: int,
         prompt_id: str | None = None,
         version: int = 0,
+        hand_over: bool = False,
     ) -> None:
         """Send an ordinary request, or the end of an open prompt."""
         extra = None if prompt_id is None else {ADOPT: prompt_id, VERSION: version}
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra
+        )
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(tokens),
-            sampling_params=SamplingParams(
-                max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra
-            ),
+            sampling_params=first_token_only(params) if hand_over else params,
             pooling_params=None,
             block_hasher=self.hasher,
         )
