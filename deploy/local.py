@@ -305,6 +305,10 @@ class EngineOptions:
     """Further flags of vLLM."""
 
 
+NIXL_PAUSE = "stream2llm_nixl_pause"
+"""A plug-in that spares CPUs a thread that never sleeps; see `engine_adapter.vllm.nixl_pause`."""
+
+
 def engine(options: EngineOptions | None = None) -> Server:
     """An engine on this machine, not started yet."""
     options = options or EngineOptions()
@@ -342,7 +346,9 @@ def engine(options: EngineOptions | None = None) -> Server:
     if options.kv_role is not None:
         command += ["--kv-transfer-config", json.dumps(_kv_transfer(options))]
         env |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-        env |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"} if on_cpu else {}
+        if on_cpu:
+            env |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"}
+            env["VLLM_PLUGINS"] = ",".join(filter(None, [env["VLLM_PLUGINS"], NIXL_PAUSE]))
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
 
