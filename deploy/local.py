@@ -305,8 +305,8 @@ class EngineOptions:
     """Further flags of vLLM."""
 
 
-NIXL_PAUSE = "stream2llm_nixl_pause"
-"""A plug-in that spares CPUs a thread that never sleeps; see `engine_adapter.vllm.nixl_pause`."""
+CPU_PLUGIN = "stream2llm_cpu"
+"""What vLLM lacks on CPUs; see `engine_adapter.vllm.cpu`."""
 
 
 def engine(options: EngineOptions | None = None) -> Server:
@@ -348,7 +348,7 @@ def engine(options: EngineOptions | None = None) -> Server:
         env |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
         if on_cpu:
             env |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"}
-            env["VLLM_PLUGINS"] = ",".join(filter(None, [env["VLLM_PLUGINS"], NIXL_PAUSE]))
+            env["VLLM_PLUGINS"] = ",".join(filter(None, [env["VLLM_PLUGINS"], CPU_PLUGIN]))
     command += options.extra_args
     return Server("engine", command, port=port, ready_path="/health", env=env)
 

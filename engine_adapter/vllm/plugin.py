@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 def install() -> None:
-    """Entry of `vllm.general_plugins`: add the one method that the operations travel by.
+    """Entry of `vllm.general_plugins`: add the one method that the operations travel by, and on
+    CPUs what vLLM lacks there.
 
     vLLM calls it in each of its processes, possibly more than once.
     """
     from vllm.v1.engine.core import EngineCore
 
+    from engine_adapter.vllm import cpu
     from engine_adapter.vllm.engine import stream2llm
 
     EngineCore.stream2llm = stream2llm
+    cpu.install()
 
 
 class EndpointPlugin:
