@@ -11,6 +11,7 @@ from aiohttp import web
 
 from gateway.app import build
 from gateway.settings import SettingsError, load
+from gateway.tenants import TenantsError
 
 SHUTDOWN_S = 5.0
 """Answers under way get this long when the gateway is told to stop."""
@@ -28,9 +29,14 @@ def main() -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    try:
+        app = build(settings)
+    except TenantsError as e:
+        print(f"gateway: {e}", file=sys.stderr)
+        return 2
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     web.run_app(
-        build(settings),
+        app,
         host=settings.host,
         port=settings.port,
         handler_cancellation=True,

@@ -18,6 +18,7 @@ from cache_index.opening import open_index
 from gateway import routes_collections, routes_openai, routes_streams
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 from gateway.guard import Guard
+from gateway.identity import identified
 from gateway.keeper import Keeper
 from gateway.keys import (
     BUILDERS,
@@ -32,6 +33,7 @@ from gateway.keys import (
     STREAMS,
     TAKING_OVER,
     TELLING,
+    TENANTS,
 )
 from gateway.placement import Engines
 from gateway.prefixes import Prefixes
@@ -39,6 +41,7 @@ from gateway.retrieving import Retrievals
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenants
 from retrieval.collections.store import Collections
 from retrieval.embedding import Embedder, EmbedderMissing, MiniLm
 
@@ -54,10 +57,13 @@ def build(settings: Settings, embedder: Embedder | None = None) -> web.Applicati
         embedder: of its collections; None for the small model that comes as a package.
     """
     app = web.Application(
-        middlewares=[_errors], client_max_size=settings.max_body_bytes + 1, logger=logger
+        middlewares=[_errors, identified],
+        client_max_size=settings.max_body_bytes + 1,
+        logger=logger,
     )
     app[SETTINGS] = settings
     app[METRICS] = Metrics()
+    app[TENANTS] = Tenants(Path(settings.tenants) if settings.tenants else None)
     app[BUILDERS], app[TAKING_OVER], app[TELLING] = {}, {}, set()
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
     app.add_routes(

@@ -5,6 +5,8 @@
      |   +- ContextTooLong       400  the chunk that crosses the model's length
      |   +- Unsupported          400  a parameter that can't be honoured
      |   +- UnknownDocument      400  an id alone, of which the stream has no text
+     +- Unauthorized             401  no key, or one that is not known
+     +- Forbidden                403  not for this tenant
      +- RetrievalRefused         403  this gateway does not retrieve that
      +- StreamNotFound           404  unknown, forgotten or never opened
      +- ModelNotFound            404  no engine serves that model
@@ -77,6 +79,22 @@ class Unsupported(BadRequest):
     """A parameter that this gateway can't honour."""
 
     code = "unsupported_parameter"
+
+
+class Unauthorized(GatewayError):
+    """The request has no API key, or one that no tenant has."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(GatewayError):
+    """The tenant may not do that."""
+
+    status, type, code = 403, "invalid_request_error", "forbidden"
 
 
 class RetrievalRefused(GatewayError):

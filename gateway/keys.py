@@ -13,10 +13,12 @@ from gateway.retrieving import Retrievals
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenants
 from retrieval.collections.store import Collections
 
 SETTINGS = web.AppKey("settings", Settings)
 METRICS = web.AppKey("metrics", Metrics)
+TENANTS = web.AppKey("tenants", Tenants)
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 STREAMS = web.AppKey("streams", Streams)
 ENGINES = web.AppKey("engines", Engines)

@@ -37,6 +37,7 @@ from gateway.placement import Engine
 from gateway.prompt import difference
 from gateway.routing import Decision
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Line:
         placer: Placer,
         *,
         lease_s: float,
+        tenant: Tenant,
         contested: Callable[[], Awaitable[None]],
         metrics: Metrics,
     ) -> None:
@@ -92,6 +94,7 @@ class Line:
         self._stream_id = stream_id
         self._placer = placer
         self._lease_s = lease_s
+        self._tenant = tenant
         self._contested = contested
         self._metrics = metrics
         self._avoid: set[Engine] = set()
@@ -190,7 +193,7 @@ class Line:
         if self._sent is None:
             self._sent, self._version, self._common = wanted, 0, len(wanted)
             self._metrics.operations.labels("open").inc()
-            op = Open(tokens=wanted, lease_s=self._lease_s)
+            op = Open(tokens=wanted, lease_s=self._lease_s, cache_salt=self._tenant.cache_salt)
             self._note(await client.open(self.prompt_id, op))
             return
         keep, tokens = difference(self._sent, wanted)

@@ -18,7 +18,8 @@ from gateway.answers import HEARTBEAT, Chunks, Whole, retrieval, why_broken
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
 from gateway.errors import BadRequest, RetrievalUnderWay, UnknownDocument
-from gateway.holding import FORWARDED, on_stream
+from gateway.holding import on_stream
+from gateway.identity import is_forwarded, tenant_of
 from gateway.keeper import Moved
 from gateway.keys import ENGINES, METRICS, RETRIEVALS, SETTINGS, STREAMS
 from gateway.placement import ModelPlacer
@@ -55,7 +56,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     if request.content_type == NDJSON:
         return await _one_request(request)
     body = await read_body(request, request.app[SETTINGS].max_body_bytes)
-    return _json(await _describe(await _open(request.app, read(Create, body), kept=True)), 201)
+    return _json(await _describe(await _open(request, read(Create, body), kept=True)), 201)
 
 
 @on_stream(chunk_limit, repeatable=lambda body: read(ChunkPost, body).seq is not None)
@@ -112,7 +113,7 @@ routes = [
 ]
 
 
-async def _open(app: web.Application, body: Create, *, kept: bool) -> Stream:
+async def _open(request: web.Request, body: Create, *, kept: bool) -> Stream:
     """A stream with the documents it begins with, and its retrieval.
 
     Args:
@@ -121,14 +122,15 @@ async def _open(app: web.Application, body: Create, *, kept: bool) -> Stream:
     Raises:
         BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
     """
+    app, tenant = request.app, tenant_of(request)
     app[ENGINES].serving(body.model)
     wanted = body.wanted
     plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
     builder = await builder_for(app, body.model)
     prompt = await builder.frame(body.messages)
-    placer = ModelPlacer(app[ENGINES], body.model)
+    placer = ModelPlacer(app[ENGINES], body.model, tenant.cache_salt)
     options = merged(Options(), body)
-    stream = app[STREAMS].create(body.model, prompt, placer, options, kept=kept)
+    stream = app[STREAMS].create(tenant, body.model, prompt, placer, options, kept=kept)
     try:
         stream.check_length(prompt)
         if body.documents:
@@ -197,7 +199,7 @@ async def _one_request(request: web.Request) -> web.StreamResponse:
     try:
         async with aclosing(read_lines(request, limit)) as lines:
             first = must_have(await anext(lines, None), "the body is empty")
-            stream = await _open(request.app, read(Create, first), kept=False)
+            stream = await _open(request, read(Create, first), kept=False)
             async for line in lines:
                 if b'"finish"' in line and (end := _finish_line(line)) is not None:
                     options = merged(stream.options, end)
@@ -223,7 +225,7 @@ def _finish_line(line: bytes) -> FinishLine | None:
 
 async def completion(request: web.Request, body: Create) -> web.StreamResponse:
     """A chat completion whose context the gateway retrieves: open, retrieve, answer."""
-    stream = await _open(request.app, body, kept=False)
+    stream = await _open(request, body, kept=False)
     options = merged(stream.options, Options(stream=bool(body.stream)))
     try:
         return await _complete(request, stream, options)
@@ -252,7 +254,7 @@ async def _answer(request: web.Request, stream: Stream, options: Options) -> web
             return await _whole(request, stream)
         return await _sse(request, stream, options)
     except (asyncio.CancelledError, ConnectionError):
-        if FORWARDED in request.headers:
+        if is_forwarded(request):
             await stream.take_back_finish()
         raise
     finally:

@@ -46,6 +46,11 @@ class Settings:
     advertise: str | None = _setting(
         None, "URL under which other replicas reach this one (default: host and port)"
     )
+    tenants: str | None = _setting(
+        None,
+        "TOML file of the tenants with their keys and limits, see `python -m gateway.tenants` "
+        "(default: open to everybody)",
+    )
     routing: str = _setting("prefix", "which engine: " + ", ".join(POLICIES))
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
     max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")

@@ -42,6 +42,7 @@ from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
 from gateway.retrieving import Retrieval
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Stream:
     def __init__(
         self,
         stream_id: str,
+        tenant: Tenant,
         model: str,
         prompt: Prompt,
         *,
@@ -70,13 +72,9 @@ class Stream:
         ended: Callable[[Stream], None],
         moved: Callable[[Stream], None],
     ) -> None:
-        """
-        Args:
-            keeper: None for a stream that nobody can go on with elsewhere.
-            ended, moved: called once each, when it has ended and when it is held elsewhere.
-        """
-        self.id = stream_id
-        self.model = model
+        """`keeper` is None for a stream that nobody can go on with elsewhere; `ended` and `moved`
+        are called once each, when it has ended and when it is held elsewhere."""
+        self.id, self.tenant, self.model = stream_id, tenant, model
         self.prompt = prompt
         self.state: State = "open"
         self.error: GatewayError | None = None
@@ -88,6 +86,7 @@ class Stream:
             stream_id,
             placer,
             lease_s=lease_s,
+            tenant=tenant,
             contested=partial(self.keep, renew=True),
             metrics=metrics,
         )

@@ -20,6 +20,7 @@ from gateway.requests import Options
 from gateway.settings import Settings
 from gateway.stream import Stream
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,14 @@ class Streams:
         await asyncio.gather(*self._work, return_exceptions=True)
 
     def create(
-        self, model: str, prompt: Prompt, placer: Placer, options: Options, *, kept: bool
+        self,
+        tenant: Tenant,
+        model: str,
+        prompt: Prompt,
+        placer: Placer,
+        options: Options,
+        *,
+        kept: bool,
     ) -> Stream:
         """A new stream, not begun yet.
 
@@ -71,20 +79,27 @@ class Streams:
         if self._alive >= self._settings.max_streams:
             raise Overloaded(f"{self._alive} streams are open")
         stream_id = f"st-{uuid.uuid4().hex}"
-        return self._add(stream_id, model, prompt, placer, options, kept=kept)
+        return self._add(stream_id, tenant, model, prompt, placer, options, kept=kept)
 
     def adopt(
-        self, stream_id: str, found: Found, prompt: Prompt, placer: Placer, ledger: Ledger
+        self,
+        stream_id: str,
+        tenant: Tenant,
+        found: Found,
+        prompt: Prompt,
+        placer: Placer,
+        ledger: Ledger,
     ) -> Stream:
         """A stream that another replica held, not begun yet."""
         about = found.about
-        stream = self._add(stream_id, about.model, prompt, placer, about.options, kept=True)
+        stream = self._add(stream_id, tenant, about.model, prompt, placer, about.options, kept=True)
         stream.resume(found.taken, about.created_s, ledger)
         return stream
 
     def _add(
         self,
         stream_id: str,
+        tenant: Tenant,
         model: str,
         prompt: Prompt,
         placer: Placer,
@@ -94,6 +109,7 @@ class Streams:
     ) -> Stream:
         stream = Stream(
             stream_id,
+            tenant,
             model,
             prompt,
             options=options,
