@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, TokenEvent, TokenLogprob
-from gateway.errors import EngineFailed, GatewayError
+from gateway.errors import EngineFailed, GatewayError, InputClosed
 from gateway.stream import Stream
 
 DONE = b"data: [DONE]\n\n"
@@ -25,6 +25,8 @@ def sse(body: Json) -> bytes:
 
 def why_broken(stream: Stream) -> GatewayError:
     """What a client is told of an answer that broke off."""
+    if stream.state in ("cancelled", "expired"):
+        return InputClosed(f"the stream is {stream.state}")
     return stream.error or EngineFailed("the answer broke off")
 
 

@@ -15,17 +15,20 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from cache_index.opening import open_index
-from gateway import routes_collections, routes_openai, routes_streams
+from gateway import limits, routes_collections, routes_openai, routes_streams
+from gateway.accounts import Accounts
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 from gateway.guard import Guard
 from gateway.identity import identified
 from gateway.keeper import Keeper
 from gateway.keys import (
+    ACCOUNTS,
     BUILDERS,
     COLLECTIONS,
     ENGINES,
     EXECUTOR,
     KEEPER,
+    LOAD,
     METRICS,
     RETRIEVALS,
     SESSION,
@@ -64,6 +67,12 @@ def build(settings: Settings, embedder: Embedder | None = None) -> web.Applicati
     app[SETTINGS] = settings
     app[METRICS] = Metrics()
     app[TENANTS] = Tenants(Path(settings.tenants) if settings.tenants else None)
+    app[ACCOUNTS] = Accounts()
+    app[LOAD] = limits.Load(
+        max_queued_tokens=settings.max_queued_tokens,
+        max_tokenizing_bytes=settings.max_tokenizing_bytes,
+    )
+    app.on_response_prepare.append(limits.tell_limits)
     app[BUILDERS], app[TAKING_OVER], app[TELLING] = {}, {}, set()
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
     app.add_routes(
@@ -95,7 +104,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             lease_s=max(settings.lease_s, settings.keep_finished_s),
             metrics=metrics,
         )
-        streams = Streams(settings, keeper, metrics)
+        streams = Streams(settings, keeper, metrics, app[ACCOUNTS])
         retrievals = Retrievals(settings, app.get(COLLECTIONS), metrics)
         prefixes = Prefixes(index, guard)
         engines = Engines(

@@ -18,6 +18,7 @@
      |   +- CollectionThere      409  there is one of that name
      +- BodyTooLarge             413
      +- RetrievalFailed          424  no source has found anything
+     +- RateLimited              429  the tenant's quota, with Retry-After
      +- Overloaded               503  with Retry-After
      +- IndexAway                503  nobody can say for now which replica holds the stream
      +- NotHeld                  421  between replicas: the stream is held by another one
@@ -161,6 +162,20 @@ class BodyTooLarge(GatewayError):
     """The body is larger than the gateway takes."""
 
     status, type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class RateLimited(GatewayError):
+    """The tenant has used what it may; `limit` says which limit that is."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_s: int = 1, **details: Any) -> None:
+        super().__init__(message, **details)
+        self._retry_s = retry_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self._retry_s)}
 
 
 class Overloaded(GatewayError):

@@ -43,7 +43,6 @@ from gateway.line import abort
 from gateway.placement import Engine, ModelPlacer
 from gateway.record import Ledger
 from gateway.relay import end_to_end, relay
-from gateway.settings import Settings
 from gateway.stream import ALIVE, Stream
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class HolderGone(Exception):
 
 
 def on_stream(
-    limit: Callable[[Settings], int], *, repeatable: Callable[[bytes], bool] = lambda body: True
+    limit: Callable[[web.Request], int], *, repeatable: Callable[[bytes], bool] = lambda body: True
 ) -> Callable[[Handler], Route]:
     """A handler of requests for one stream, called where the stream is.
 
@@ -86,7 +85,7 @@ def on_stream(
 
     def decorate(handler: Handler) -> Route:
         async def route(request: web.Request) -> web.StreamResponse:
-            body = await read_body(request, limit(request.app[SETTINGS]))
+            body = await read_body(request, limit(request))
             for attempt in range(MAX_ATTEMPTS):
                 await asyncio.sleep(PAUSE_S * attempt)
                 with suppress(Moved):

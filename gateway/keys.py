@@ -1,11 +1,15 @@
 """What the application carries for its handlers."""
 
+from __future__ import annotations
+
 import asyncio
 from concurrent.futures import Executor
+from typing import TYPE_CHECKING
 
 import aiohttp
 from aiohttp import web
 
+from gateway.accounts import Accounts
 from gateway.keeper import Keeper
 from gateway.placement import Engines
 from gateway.prompt import PromptBuilder
@@ -16,12 +20,17 @@ from gateway.telemetry import Metrics
 from gateway.tenants import Tenants
 from retrieval.collections.store import Collections
 
+if TYPE_CHECKING:
+    from gateway.limits import Load
+
 SETTINGS = web.AppKey("settings", Settings)
 METRICS = web.AppKey("metrics", Metrics)
+ACCOUNTS = web.AppKey("accounts", Accounts)
 TENANTS = web.AppKey("tenants", Tenants)
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 STREAMS = web.AppKey("streams", Streams)
 ENGINES = web.AppKey("engines", Engines)
+LOAD: web.AppKey[Load] = web.AppKey("load")
 EXECUTOR = web.AppKey("executor", Executor)
 """Where tokenizing runs."""
 BUILDERS = web.AppKey("builders", dict[str, asyncio.Future[PromptBuilder]])

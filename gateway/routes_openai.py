@@ -13,7 +13,9 @@ from multidict import CIMultiDict
 from gateway.bodies import read_body
 from gateway.errors import BadRequest, EngineFailed
 from gateway.identity import tenant_of
-from gateway.keys import ENGINES, SESSION, SETTINGS, TENANTS
+from gateway.keys import ENGINES, SESSION, TENANTS
+from gateway.limits import account_of, admit, body_limit
+from gateway.metering import PassedTokens
 from gateway.relay import relay
 from gateway.requests import Create, read
 from gateway.routes_streams import completion
@@ -30,7 +32,8 @@ HEADERS = (
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answered here if the gateway is to retrieve the context, else passed through."""
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    admit(request, stream=False)
+    body = await read_body(request, body_limit(request))
     if b'"retrieval"' in body and _has_retrieval(body):
         return await completion(request, read(Create, body))
     return await _pass(request, _for_engines(body, tenant_of(request)))
@@ -45,7 +48,8 @@ def _has_retrieval(body: bytes) -> bool:
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """Passed through."""
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    admit(request, stream=False)
+    body = await read_body(request, body_limit(request))
     return await _pass(request, _for_engines(body, tenant_of(request)))
 
 
@@ -84,7 +88,7 @@ def _check_extensions(extensions: Any) -> None:
 
 async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
     engine = request.app[ENGINES].any()
-    timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
+    timeout, tokens = aiohttp.ClientTimeout(total=None, connect=5.0), PassedTokens(body)
     try:
         async with request.app[SESSION].request(
             request.method,
@@ -94,9 +98,11 @@ async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
             timeout=timeout,
             allow_redirects=False,
         ) as answer:
-            return await relay(request, answer)
+            return await relay(request, answer, seen=tokens.see)
     except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as e:
         raise EngineFailed(f"the engine can't be reached: {e}") from e
+    finally:
+        account_of(request).spend(tokens.total)
 
 
 def _headers(request: web.Request) -> CIMultiDict[str]:

@@ -13,7 +13,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
-from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
+from engine_adapter.messages import DoneEvent, ErrorEvent, Event, TokenEvent
 from gateway.answers import HEARTBEAT, Chunks, Whole, retrieval, why_broken
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
@@ -21,7 +21,8 @@ from gateway.errors import BadRequest, RetrievalUnderWay, UnknownDocument
 from gateway.holding import on_stream
 from gateway.identity import is_forwarded, tenant_of
 from gateway.keeper import Moved
-from gateway.keys import ENGINES, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.keys import ENGINES, LOAD, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.limits import account_of, admit, body_limit, chunk_limit
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
 from gateway.record import Taken
@@ -37,25 +38,17 @@ from gateway.requests import (
     read,
 )
 from gateway.retrieving import ANSWER_TOKENS
-from gateway.settings import Settings
 from gateway.stream import Stream, Tokenized
 
 NDJSON = "application/x-ndjson"
 
 
-def chunk_limit(settings: Settings) -> int:
-    return settings.max_chunk_bytes
-
-
-def body_limit(settings: Settings) -> int:
-    return settings.max_body_bytes
-
-
 async def create(request: web.Request) -> web.StreamResponse:
     """Open a stream; with a body of NDJSON, open, feed and finish it in one request."""
+    admit(request, stream=True)
     if request.content_type == NDJSON:
         return await _one_request(request)
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    body = await read_body(request, body_limit(request))
     return _json(await _describe(await _open(request, read(Create, body), kept=True)), 201)
 
 
@@ -63,6 +56,7 @@ async def create(request: web.Request) -> web.StreamResponse:
 async def chunks(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Take in chunks of context."""
     started_s = time.monotonic()
+    account_of(request).check_tokens()
     post = read(ChunkPost, body)
     seq, taken = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
     response = _json(_acknowledged(stream, seq, taken), 202)
@@ -77,6 +71,7 @@ async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Re
     """Put a ranked list in place of the stream's documents."""
     if stream.retrieval is not None and stream.retrieval.state == "running":
         raise RetrievalUnderWay("the gateway ranks this stream's documents: post chunks")
+    account_of(request).check_tokens()
     ranked = read(RankedList, body)
     tokenized = _known_or_tokenized(request.app, stream, ranked.documents)
     seq, taken = await stream.replace(tokenized, ranked.seq)
@@ -123,7 +118,7 @@ async def _open(request: web.Request, body: Create, *, kept: bool) -> Stream:
         BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
     """
     app, tenant = request.app, tenant_of(request)
-    app[ENGINES].serving(body.model)
+    app[LOAD].check(app[ENGINES].serving(body.model))
     wanted = body.wanted
     plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
     builder = await builder_for(app, body.model)
@@ -157,7 +152,8 @@ def _room(stream: Stream, max_model_len: int | None) -> int | None:
 def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
     async def documents() -> list[Document]:
         builder = await builder_for(app, stream.model)
-        return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
+        with app[LOAD].tokenizing(sum(len(chunk.text) for chunk in chunks)):
+            return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
 
     return documents
 
@@ -176,9 +172,11 @@ def _known_or_tokenized(
             r.id: _known(stream, r.id) for r in ranked if r.text is None and r.id is not None
         }
         builder = await builder_for(app, stream.model)
-        return [
-            known[r.id] if r.text is None else await builder.document(r.text, r.id) for r in ranked
-        ]
+        with app[LOAD].tokenizing(sum(len(r.text or "") for r in ranked)):
+            return [
+                known[r.id] if r.text is None else await builder.document(r.text, r.id)
+                for r in ranked
+            ]
 
     return documents
 
@@ -194,7 +192,7 @@ def _known(stream: Stream, name: str) -> Document:
 
 async def _one_request(request: web.Request) -> web.StreamResponse:
     """First line the request, then chunks, then `{"finish": true}`."""
-    limit = request.app[SETTINGS].max_chunk_bytes
+    limit, account = chunk_limit(request), account_of(request)
     stream: Stream | None = None
     try:
         async with aclosing(read_lines(request, limit)) as lines:
@@ -204,6 +202,7 @@ async def _one_request(request: web.Request) -> web.StreamResponse:
                 if b'"finish"' in line and (end := _finish_line(line)) is not None:
                     options = merged(stream.options, end)
                     return await _complete(request, stream, options)
+                account.check_tokens()
                 await stream.add(_tokenized(request.app, stream, [read(Chunk, line)]), None)
         raise BadRequest('the body ended without {"finish": true}')
     finally:
@@ -225,6 +224,7 @@ def _finish_line(line: bytes) -> FinishLine | None:
 
 async def completion(request: web.Request, body: Create) -> web.StreamResponse:
     """A chat completion whose context the gateway retrieves: open, retrieve, answer."""
+    account_of(request).check_streams()
     stream = await _open(request, body, kept=False)
     options = merged(stream.options, Options(stream=bool(body.stream)))
     try:
@@ -263,10 +263,18 @@ async def _answer(request: web.Request, stream: Stream, options: Options) -> web
                 await stream.cancel()
 
 
+async def _next_event(request: web.Request, stream: Stream) -> Event | None:
+    """The next event of the answer, or None if none comes before the next sign of life is due."""
+    event = await stream.next_event(request.app[SETTINGS].heartbeat_s)
+    if event is None and stream.ended:  # it was cancelled, or its time is over
+        return await stream.next_event(0) or ErrorEvent(error={})
+    return event
+
+
 async def _whole(request: web.Request, stream: Stream) -> web.Response:
     whole = Whole(stream)
     while True:
-        match await stream.next_event(request.app[SETTINGS].heartbeat_s):
+        match await _next_event(request, stream):
             case TokenEvent() as event:
                 whole.add(event)
             case DoneEvent() as done:
@@ -288,7 +296,7 @@ async def _sse(request: web.Request, stream: Stream, options: Options) -> web.St
     await response.prepare(request)
     await response.write(chunks.first())
     while True:
-        event = await stream.next_event(request.app[SETTINGS].heartbeat_s)
+        event = await _next_event(request, stream)
         if event is None:
             await response.write(HEARTBEAT)
             continue

@@ -53,9 +53,17 @@ class Settings:
     )
     routing: str = _setting("prefix", "which engine: " + ", ".join(POLICIES))
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
+    max_queued_tokens: int = _setting(
+        1_000_000,
+        "tokens that may wait to be computed at each engine; beyond, new streams are answered 503",
+    )
+    max_tokenizing_bytes: int = _setting(
+        16 << 20, "text that may wait to be tokenized; beyond, chunks are answered 503"
+    )
     max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")
     max_body_bytes: int = _setting(16 << 20, "largest body of any other request")
     idle_timeout_s: float = _setting(300.0, "an open stream without input so long is cancelled")
+    max_stream_s: float = _setting(3600.0, "a stream that is older is cancelled")
     keep_finished_s: float = _setting(60.0, "how long an ended stream can still be looked up")
     lease_s: float = _setting(60.0, "engines free a stream when the gateway is silent so long")
     poll_s: float = _setting(0.5, "how often engines are asked for their health and load")
@@ -129,11 +137,11 @@ class Settings:
 
 _FROM_ONE = (
     "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache", "crawl_max_pages",
-    "max_retrievals",
+    "max_retrievals", "max_queued_tokens", "max_tokenizing_bytes",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
-    "retrieval_max_s",
+    "retrieval_max_s", "max_stream_s",
 )  # fmt: skip
 
 

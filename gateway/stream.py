@@ -23,10 +23,10 @@ from typing import Literal
 
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Progress
+from gateway.accounts import Account
 from gateway.answering import Answering
 from gateway.books import Books
 from gateway.errors import (
-    ContextTooLong,
     EngineFailed,
     GatewayError,
     InputClosed,
@@ -35,6 +35,7 @@ from gateway.errors import (
 )
 from gateway.keeper import Keeper, Moved
 from gateway.known import KnownDocuments
+from gateway.lengths import check_length
 from gateway.line import Line, Placer, abort
 from gateway.placement import Engine
 from gateway.prompt import Document, Prompt, difference
@@ -42,7 +43,6 @@ from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
 from gateway.retrieving import Retrieval
 from gateway.telemetry import Metrics
-from gateway.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Stream:
     def __init__(
         self,
         stream_id: str,
-        tenant: Tenant,
+        account: Account,
         model: str,
         prompt: Prompt,
         *,
@@ -74,19 +74,20 @@ class Stream:
     ) -> None:
         """`keeper` is None for a stream that nobody can go on with elsewhere; `ended` and `moved`
         are called once each, when it has ended and when it is held elsewhere."""
-        self.id, self.tenant, self.model = stream_id, tenant, model
+        self.id, self.model = stream_id, model
+        self.account, self.tenant = account, account.tenant
         self.prompt = prompt
         self.state: State = "open"
         self.error: GatewayError | None = None
         self.created_s = time.time()
-        self.touched_s = self.renewed_s = time.monotonic()
+        self.begun_s = self.touched_s = self.renewed_s = time.monotonic()
         self.known = KnownDocuments()
         self.options = options
         self.line = Line(
             stream_id,
             placer,
             lease_s=lease_s,
-            tenant=tenant,
+            tenant=account.tenant,
             contested=partial(self.keep, renew=True),
             metrics=metrics,
         )
@@ -153,10 +154,8 @@ class Stream:
     async def replace(self, documents: Tokenized, seq: int | None) -> tuple[int, Taken]:
         """Put a ranked list in place of all documents; numbers and errors as of `add`.
 
-        Args:
-            documents: gives the tokenized list; called when it is this post's turn, so that
-                `known` has what the posts before it brought.
-        """
+        `documents` is called when it is this post's turn, so that `known` has what the posts before
+        it brought."""
         return await self._in_turn(documents, seq, self._replace)
 
     async def _in_turn(
@@ -214,7 +213,7 @@ class Stream:
         self.books.appended(new)
         self.known.add(new)
         self._metrics.chunks.inc(len(new))
-        self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
+        self._took_in(sum(len(d.tokens) for d in new))
         self._changed.set()
 
     def _replace(self, documents: list[Document]) -> ListTaken:
@@ -231,22 +230,25 @@ class Stream:
             self.books.rewritten(after, kept)
         self.known.replace(documents)
         self._metrics.lists.inc()
-        self._metrics.context_tokens.inc(len(added))
+        self._took_in(len(added))
         self._metrics.invalidated_tokens.inc(invalidated)
         return ListTaken(prompt.context_tokens, kept, invalidated, len(added))
 
     def check_length(
         self, prompt: Prompt, answer_tokens: int | None = None, *, param: str = "text"
     ) -> None:
-        """Raise ContextTooLong if a prompt does not leave room for the answer."""
-        limit = self._placer.max_model_len
-        reserved = answer_tokens or self._answer_tokens
-        if limit is not None and prompt.length + reserved > limit:
-            raise ContextTooLong(
-                f"the prompt would have {prompt.length} tokens and the answer up to {reserved}, "
-                f"but the model takes {limit}",
-                param=param,
-            )
+        """Raise ContextTooLong if a prompt is too long for its tenant, or for its answer's sake."""
+        check_length(
+            prompt,
+            answer_tokens or self._answer_tokens,
+            max_model_len=self._placer.max_model_len,
+            max_context_tokens=self.tenant.context_tokens,
+            param=param,
+        )
+
+    def _took_in(self, tokens: int) -> None:
+        self._metrics.context_tokens.inc(tokens)
+        self.account.spend(tokens)
 
     async def finish(self, options: Options) -> None:
         """Close the input and begin the answer; `next_event` gives it.
@@ -265,11 +267,8 @@ class Stream:
             await self.keep()
 
     async def next_event(self, timeout_s: float) -> Event | None:
-        """The next event of the answer, or None if none comes in time.
-
-        A `DoneEvent` or an `ErrorEvent` is the last. Whoever stops reading before ends the
-        stream with `cancel`.
-        """
+        """The next event of the answer, or None if none comes in time. A `DoneEvent` or an
+        `ErrorEvent` is the last; whoever stops reading before ends the stream with `cancel`."""
         return await self._answering.next_event(timeout_s)
 
     async def status(self) -> Progress | None:
@@ -496,4 +495,5 @@ class Stream:
         self.touched_s = time.monotonic()
         self._answering.put(event)
         if isinstance(event, DoneEvent):
+            self.account.spend(event.completion_tokens)
             self._end("done")

@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+from gateway.accounts import Accounts
 from gateway.errors import Overloaded
 from gateway.keeper import Keeper, Moved
 from gateway.line import Placer
@@ -32,10 +33,13 @@ AT_ONCE = 64
 class Streams:
     """The streams by id, and the task that looks after the silent ones."""
 
-    def __init__(self, settings: Settings, keeper: Keeper, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, keeper: Keeper, metrics: Metrics, accounts: Accounts
+    ) -> None:
         self._settings = settings
         self._keeper = keeper
         self._metrics = metrics
+        self._accounts = accounts
         self._streams: dict[str, Stream] = {}
         self._alive = 0
         self._sweeper: asyncio.Task[None] | None = None
@@ -74,12 +78,21 @@ class Streams:
             kept: other replicas can go on with it.
 
         Raises:
+            Overloaded, RateLimited
+        """
+        self.check_room()
+        self._accounts.of(tenant).check_streams()
+        stream_id = f"st-{uuid.uuid4().hex}"
+        return self._add(stream_id, tenant, model, prompt, placer, options, kept=kept)
+
+    def check_room(self) -> None:
+        """Whether one more stream may be opened.
+
+        Raises:
             Overloaded
         """
         if self._alive >= self._settings.max_streams:
             raise Overloaded(f"{self._alive} streams are open")
-        stream_id = f"st-{uuid.uuid4().hex}"
-        return self._add(stream_id, tenant, model, prompt, placer, options, kept=kept)
 
     def adopt(
         self,
@@ -107,9 +120,10 @@ class Streams:
         *,
         kept: bool,
     ) -> Stream:
+        account = self._accounts.of(tenant)
         stream = Stream(
             stream_id,
-            tenant,
+            account,
             model,
             prompt,
             options=options,
@@ -122,6 +136,7 @@ class Streams:
         )
         self._streams[stream_id] = stream
         self._alive += 1
+        account.streams += 1
         self._metrics.open_streams.set(self._alive)
         return stream
 
@@ -143,6 +158,7 @@ class Streams:
 
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
+        stream.account.streams -= 1
         self._metrics.open_streams.set(self._alive)
         if stream.retrieval is not None:
             stream.retrieval.cancel()
@@ -168,11 +184,13 @@ class Streams:
         """What has to be done for silent streams now; forgets the long ended ones."""
         work: list[Coroutine[Any, Any, None]] = []
         for stream in list(self._streams.values()):
-            silent_s = now_s - stream.touched_s
+            silent_s, tenant = now_s - stream.touched_s, stream.tenant
+            idle_s = tenant.idle_s or self._settings.idle_timeout_s
+            life_s = tenant.stream_s or self._settings.max_stream_s
             if stream.ended:
                 if silent_s > self._settings.keep_finished_s:
                     del self._streams[stream.id]
-            elif stream.state == "open" and silent_s > self._settings.idle_timeout_s:
+            elif now_s - stream.begun_s > life_s or (stream.state == "open" and silent_s > idle_s):
                 work.append(self._expire(stream))
             elif now_s - stream.renewed_s > self._settings.lease_s / 3:
                 stream.renewed_s = now_s
