@@ -193,7 +193,8 @@ class Line:
         if self._sent is None:
             self._sent, self._version, self._common = wanted, 0, len(wanted)
             self._metrics.operations.labels("open").inc()
-            op = Open(tokens=wanted, lease_s=self._lease_s, cache_salt=self._tenant.cache_salt)
+            salt, weight = self._tenant.cache_salt, self._tenant.weight
+            op = Open(tokens=wanted, cache_salt=salt, weight=weight, lease_s=self._lease_s)
             self._note(await client.open(self.prompt_id, op))
             return
         keep, tokens = difference(self._sent, wanted)

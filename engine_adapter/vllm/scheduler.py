@@ -31,6 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling import policies
 from engine_adapter.scheduling.cost import CostModel
+from engine_adapter.scheduling.fairness import Present, Shares
 from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
@@ -79,6 +80,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._invalidated_tokens = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._endings = Endings()
+        self._shares = Shares()
+        self._present = Present()
         self._clock: Callable[[], float] = time.time
         settings = _settings(self.vllm_config)
         policy = policies.named(settings.get("policy", DEFAULT_POLICY))
@@ -92,9 +95,16 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     # Operations. Called between steps, on the thread of the engine's loop.
 
     def open_prompt(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None, hasher: BlockHasher | None
+        self,
+        prompt_id: str,
+        tokens: list[int],
+        cache_salt: str | None,
+        hasher: BlockHasher | None,
+        weight: float = 1.0,
     ) -> dict[str, int | str]:
-        """Begin a prompt; the caller has checked that the id is free."""
+        """Begin a prompt; the caller has checked that the id is free. The weight is that of all
+        requests with this salt."""
+        self._shares.weigh(cache_salt or "", weight)
         now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
         prompt = self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
@@ -217,6 +227,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_external_cached_tokens=0,
                 )
         self._endings.put(request)
+        self._present.put(request.request_id, request.cache_salt or "")
         self._views.touch(request)
         fetches = self._fetches(request, 0 if prompt is None else prompt.lost_tokens)
         super().add_request(request)
@@ -226,6 +237,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._endings.discard(request)
         self._views.drop(request)
+        self._present.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def has_requests(self) -> bool:
@@ -237,8 +249,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._replan = False
         self._take_in_loads()
         # Waiting requests that hold blocks must be governed even with no prompt open:
-        # vLLM alone never takes blocks from them, and they could wait for each other.
-        if not self._prompts and not self.kv_holding_waiting:
+        # vLLM alone never takes blocks from them, and they could wait for each other. So must those
+        # of several tenants, among whom vLLM knows no turns.
+        if not self._prompts and not self.kv_holding_waiting and not self._present.compete:
             return super().schedule(throttle_prefills)
         hidden = self._carry_out(self.decide())
         try:
@@ -292,12 +305,13 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     # Decide.
 
     def decide(self) -> Plan:
-        """What the next step is to compute, and whose KV goes for it; changes nothing."""
+        """What the next step is to compute, and whose KV goes for it."""
         self._views.refresh()
         partial = sum(
             prompt.request.status == RequestStatus.RUNNING for prompt in self._partial.values()
         )
-        return plan(
+        turns = self._shares.turns(self._views.order)
+        decided = plan(
             self._views.order,
             budget_tokens=self._views.step_tokens,
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
@@ -305,7 +319,11 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             watermark_blocks=self.kv_cache_manager.watermark_blocks if self.running else 0,
             freeable_blocks=self._freeable_blocks,
             restore_s=self._restore_s,
+            turns=turns,
         )
+        if turns is not None:
+            self._shares.settle(turns)
+        return decided
 
     def _freeable_blocks(self, view: View) -> int:
         """Blocks that come free if everything is taken from a request."""
@@ -561,6 +579,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         if request is None:
             raise PromptFinished(f"the answer to prompt {prompt_id!r} has begun")
         self._endings.discard(request)
+        self._present.discard(request.request_id)
         self._views.drop(request)
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         prompt = OpenPrompt(prompt_id, request, request.arrival_time, self._clock(), scheduled=True)
