@@ -29,6 +29,7 @@ from gateway.keys import (
     EXECUTOR,
     KEEPER,
     LOAD,
+    MAKING,
     METRICS,
     RETRIEVALS,
     SESSION,
@@ -73,7 +74,7 @@ def build(settings: Settings, embedder: Embedder | None = None) -> web.Applicati
         max_tokenizing_bytes=settings.max_tokenizing_bytes,
     )
     app.on_response_prepare.append(limits.tell_limits)
-    app[BUILDERS], app[TAKING_OVER], app[TELLING] = {}, {}, set()
+    app[BUILDERS], app[TAKING_OVER], app[TELLING], app[MAKING] = {}, {}, set(), set()
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
     app.add_routes(
         [web.get("/health", _health), web.get("/ready", _ready), web.get("/metrics", _metrics)]

@@ -85,6 +85,7 @@ class Books:
             options=stream.options,
             digest=self._digest(confirmed),
             tenant=stream.tenant.name,
+            asked=stream.asked,
         )
         return Kept(
             engine="" if stream.engine is None else stream.engine.url,

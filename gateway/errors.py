@@ -16,7 +16,10 @@
      |   +- SequenceGap          409  the `seq` of a post skips one
      |   +- RetrievalUnderWay    409  a ranked list while the gateway itself ranks
      |   +- CollectionThere      409  there is one of that name
+     |   +- KeyInUse             409  the first request of an idempotency key is under way
+     +- AnswerGone               410  the beginning of a kept answer is forgotten
      +- BodyTooLarge             413
+     +- KeyReused                422  another request under the same idempotency key
      +- RetrievalFailed          424  no source has found anything
      +- RateLimited              429  the tenant's quota, with Retry-After
      +- Overloaded               503  with Retry-After
@@ -156,6 +159,24 @@ class CollectionThere(Conflict):
     """There is a collection of that name."""
 
     code = "collection_exists"
+
+
+class KeyInUse(Conflict):
+    """The first request with this idempotency key is still under way."""
+
+    code = "idempotency_key_in_use"
+
+
+class KeyReused(GatewayError):
+    """Another request was made with the same idempotency key."""
+
+    status, type, code = 422, "invalid_request_error", "idempotency_key_reused"
+
+
+class AnswerGone(GatewayError):
+    """What the client wants to go on with is not kept any more."""
+
+    status, type, code = 410, "invalid_request_error", "answer_gone"
 
 
 class BodyTooLarge(GatewayError):

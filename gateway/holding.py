@@ -26,6 +26,7 @@ from engine_adapter.messages import PromptTokens
 from gateway import record as records
 from gateway.bodies import read_body
 from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
+from gateway.idempotency import HEADER
 from gateway.identity import is_forwarded, sent_on, tenant_of
 from gateway.keeper import Keeper, Moved
 from gateway.keys import (
@@ -214,8 +215,8 @@ async def _send_on(
 def _hung_up(app: web.Application, request: web.Request, holder: str) -> None:
     """The client is gone. The holder sees a connection break, and can't tell whether that was the
     client or only this replica, so it is told."""
-    if not request.path.endswith("/finish"):
-        return
+    if not request.path.endswith("/finish") or HEADER in request.headers:
+        return  # an answer with an idempotency key waits for its client to come back
 
     async def told() -> None:
         url = holder + request.path.removesuffix("/finish")

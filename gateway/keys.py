@@ -39,6 +39,8 @@ COLLECTIONS = web.AppKey("collections", Collections)
 """Only where a folder of collections is set."""
 RETRIEVALS = web.AppKey("retrievals", Retrievals)
 KEEPER = web.AppKey("keeper", Keeper)
+MAKING = web.AppKey("making", set[str])
+"""Ids of streams that are being made under an idempotency key."""
 TELLING = web.AppKey("telling", set[asyncio.Task[None]])
 """Holders that are being told of clients that hung up."""
 TAKING_OVER = web.AppKey("taking_over", dict[str, asyncio.Task[None]])

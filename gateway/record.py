@@ -42,6 +42,8 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     """Of the tokens that only the engine has."""
     tenant: str = EVERYBODY.name
     """Whose it is."""
+    asked: bytes = b""
+    """Under an idempotency key."""
 
 
 class ChunksTaken(msgspec.Struct, frozen=True, tag="chunks", array_like=True):

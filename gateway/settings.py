@@ -63,6 +63,9 @@ class Settings:
     max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")
     max_body_bytes: int = _setting(16 << 20, "largest body of any other request")
     idle_timeout_s: float = _setting(300.0, "an open stream without input so long is cancelled")
+    resume_s: float = _setting(
+        30.0, "how long an answer with an Idempotency-Key waits for a reader that was cut off"
+    )
     max_stream_s: float = _setting(3600.0, "a stream that is older is cancelled")
     keep_finished_s: float = _setting(60.0, "how long an ended stream can still be looked up")
     lease_s: float = _setting(60.0, "engines free a stream when the gateway is silent so long")
@@ -141,7 +144,7 @@ _FROM_ONE = (
 )  # fmt: skip
 _ABOVE_ZERO = (
     "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
-    "retrieval_max_s", "max_stream_s",
+    "retrieval_max_s", "max_stream_s", "resume_s",
 )  # fmt: skip
 
 

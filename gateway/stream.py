@@ -76,6 +76,7 @@ class Stream:
         are called once each, when it has ended and when it is held elsewhere."""
         self.id, self.model = stream_id, model
         self.account, self.tenant = account, account.tenant
+        self.asked = b""  # the digest of what was asked under an idempotency key
         self.prompt = prompt
         self.state: State = "open"
         self.error: GatewayError | None = None

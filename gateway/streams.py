@@ -18,6 +18,7 @@ from gateway.placement import Engine
 from gateway.prompt import Prompt
 from gateway.record import Found, Ledger
 from gateway.requests import Options
+from gateway.resuming import KeptAnswer
 from gateway.settings import Settings
 from gateway.stream import Stream
 from gateway.telemetry import Metrics
@@ -40,6 +41,8 @@ class Streams:
         self._keeper = keeper
         self._metrics = metrics
         self._accounts = accounts
+        self.answers: dict[str, KeptAnswer] = {}
+        """Those that can be read again, by stream."""
         self._streams: dict[str, Stream] = {}
         self._alive = 0
         self._sweeper: asyncio.Task[None] | None = None
@@ -55,6 +58,8 @@ class Streams:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
+        for answer in self.answers.values():
+            answer.stop()
         streams = list(self._streams.values())
         if self._settings.index is None:
             await asyncio.gather(*(stream.close() for stream in streams))
@@ -71,18 +76,20 @@ class Streams:
         options: Options,
         *,
         kept: bool,
+        stream_id: str | None = None,
     ) -> Stream:
         """A new stream, not begun yet.
 
         Args:
             kept: other replicas can go on with it.
+            stream_id: if the caller has chosen one that is free.
 
         Raises:
             Overloaded, RateLimited
         """
         self.check_room()
         self._accounts.of(tenant).check_streams()
-        stream_id = f"st-{uuid.uuid4().hex}"
+        stream_id = stream_id or f"st-{uuid.uuid4().hex}"
         return self._add(stream_id, tenant, model, prompt, placer, options, kept=kept)
 
     def check_room(self) -> None:
@@ -106,6 +113,7 @@ class Streams:
         """A stream that another replica held, not begun yet."""
         about = found.about
         stream = self._add(stream_id, tenant, about.model, prompt, placer, about.options, kept=True)
+        stream.asked = about.asked
         stream.resume(found.taken, about.created_s, ledger)
         return stream
 
@@ -165,7 +173,11 @@ class Streams:
 
     def _moved(self, stream: Stream) -> None:
         if self._streams.get(stream.id) is stream:
-            del self._streams[stream.id]
+            self._forget(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        del self._streams[stream.id]
+        self.answers.pop(stream.id, None)
 
     async def _sweep(self) -> None:
         while True:
@@ -189,7 +201,7 @@ class Streams:
             life_s = tenant.stream_s or self._settings.max_stream_s
             if stream.ended:
                 if silent_s > self._settings.keep_finished_s:
-                    del self._streams[stream.id]
+                    self._forget(stream)
             elif now_s - stream.begun_s > life_s or (stream.state == "open" and silent_s > idle_s):
                 work.append(self._expire(stream))
             elif now_s - stream.renewed_s > self._settings.lease_s / 3:

@@ -67,7 +67,7 @@ class Turns:
 
 
 class Present:
-    """Which tenants have requests."""
+    """Which tenants have requests or open prompts."""
 
     def __init__(self) -> None:
         self._tenants: dict[str, str] = {}
@@ -79,7 +79,8 @@ class Present:
         return len(self._counts) > 1
 
     def put(self, request_id: str, tenant: str) -> None:
-        """A request has come."""
+        """A request or a prompt has come."""
+        self.discard(request_id)
         self._tenants[request_id] = tenant
         self._counts[tenant] += 1
 

@@ -108,6 +108,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
         prompt = self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
+        self._present.put(prompt_id, cache_salt or "")
         self._views.put_prompt(prompt)
         self._replan = True
         return self.status(prompt_id)
@@ -152,6 +153,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """Forget a prompt and free its blocks; an unknown one is no error."""
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
+            self._present.discard(prompt_id)
             self._views.drop_prompt(prompt)
             self._release(prompt.request)
             self._replan = True
@@ -212,6 +214,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             if answers_version_before(request, prompt.reopened_version):
                 return  # nobody waits for it: its prompt was replaced while it was on its way
             del self._prompts[prompt.prompt_id]
+            self._present.discard(prompt.prompt_id)
             self._withdraw(prompt)
             self._views.drop_prompt(prompt)
             before = prompt.request.num_computed_tokens
@@ -310,10 +313,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         partial = sum(
             prompt.request.status == RequestStatus.RUNNING for prompt in self._partial.values()
         )
-        turns = self._shares.turns(self._views.order)
+        policy, turns = self._views.order.policy, self._shares.turns(self._views.order)
         decided = plan(
             self._views.order,
-            budget_tokens=self._views.step_tokens,
+            budget_tokens=policy.budget_tokens(self._views.step_tokens, self._present.compete),
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             slots=self.max_num_active_reqs - (len(self.running) - partial),
             watermark_blocks=self.kv_cache_manager.watermark_blocks if self.running else 0,
@@ -584,6 +587,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         prompt = OpenPrompt(prompt_id, request, request.arrival_time, self._clock(), scheduled=True)
         self._prompts[prompt_id] = self._partial[request.request_id] = prompt
+        self._present.put(prompt_id, request.cache_salt or "")
         self._views.put_prompt(prompt)
         return prompt
 
