@@ -15,8 +15,8 @@ TENANT = web.RequestKey("tenant", Tenant)
 OPEN_PATHS = ("/health", "/ready", "/metrics")
 """For those who watch over the gateway; they tell nothing of any tenant."""
 FORWARDED = "X-Stream2llm-Forwarded"
-"""On a request that another replica sent on: it is not sent on again, and was counted there. Its
-value is the tenant's voucher, so a client can't pretend."""
+"""On a request that another replica sent on: it is not sent on again. Its value is the tenant's
+voucher, so a client can't pretend."""
 CREDENTIALS = ("Authorization", "X-Api-Key")
 """The headers that can carry a key. Replicas pass them on, and each checks the key itself."""
 

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from gateway.accounts import Account
 from gateway.errors import Overloaded
-from gateway.identity import TENANT, is_forwarded, tenant_of
+from gateway.identity import TENANT, tenant_of
 from gateway.keys import ACCOUNTS, ENGINES, LOAD, SETTINGS, STREAMS
 from gateway.placement import Engine
 
@@ -63,8 +63,8 @@ def account_of(request: web.Request) -> Account:
 
 
 def admit(request: web.Request, *, stream: bool) -> None:
-    """Refuse a request for a stream or an answer here, or not at all for lack of room. What another
-    replica has sent on was counted there.
+    """Refuse a request for a stream or an answer before it is read. No replica sends one on, so
+    each is counted once.
 
     Args:
         stream: it opens a stream.
@@ -73,8 +73,7 @@ def admit(request: web.Request, *, stream: bool) -> None:
         RateLimited, Overloaded, EngineFailed
     """
     account = account_of(request)
-    if not is_forwarded(request):
-        account.ask()
+    account.ask()
     if stream:
         account.check_streams()
         request.app[STREAMS].check_room()
@@ -95,7 +94,7 @@ def body_limit(request: web.Request) -> int:
 
 
 async def tell_limits(request: web.Request, response: web.StreamResponse) -> None:
-    """Every response says what is left."""
+    """Every response says what is left; one that was sent on, what is left where it comes from."""
     if TENANT in request:
         for name, value in account_of(request).headers():
-            response.headers[name] = value
+            response.headers.setdefault(name, value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import TestServer, unused_port
 
 from gateway import tenants
 from gateway.app import build
@@ -57,7 +57,8 @@ async def gateway(
     app_of_engine = engine.app()
     app_of_engine.add_routes([web.route(*route) for route in more])
     async with TestServer(app_of_engine) as engine_server:
-        given = {"heartbeat_s": 0.1, "poll_s": 0.1} | settings
+        port = unused_port()
+        given = {"heartbeat_s": 0.1, "poll_s": 0.1, "port": port} | settings
         app = build(
             Settings(
                 engine=(str(engine_server.make_url("")).rstrip("/"),),
@@ -67,5 +68,5 @@ async def gateway(
             ),
             Words(),
         )
-        async with TestServer(app) as server:
+        async with TestServer(app, port=port) as server:
             yield Gateway(app, str(server.make_url("")).rstrip("/"), engine)
