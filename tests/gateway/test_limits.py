@@ -133,7 +133,9 @@ async def test_requests_per_minute(running: tuple[Gateway, dict[str, str]]) -> N
         first = await http.post("/v1/streams", json=BODY)
         assert first.headers["x-ratelimit-limit-requests"] == "2"
         assert first.headers["x-ratelimit-remaining-requests"] == "1"
-        assert re.fullmatch(r"(30s|29s)", first.headers["x-ratelimit-reset-requests"])
+        reset = re.fullmatch(r"(\d+)s", first.headers["x-ratelimit-reset-requests"])
+        assert reset is not None
+        assert 10 < int(reset[1]) <= 30  # some of it has passed
         path = f"/v1/streams/{first.json()['id']}"
         for _ in range(5):  # nothing of an open stream counts
             assert (await http.post(path + "/chunks", json={"text": "x"})).status_code == 202
@@ -141,7 +143,7 @@ async def test_requests_per_minute(running: tuple[Gateway, dict[str, str]]) -> N
         for path in ("/v1/streams", "/v1/completions", "/v1/chat/completions"):
             response = await http.post(path, json=BODY)
             refused(response, "rate_limit_exceeded")
-            assert int(response.headers["Retry-After"]) in (29, 30)
+            assert 1 < int(response.headers["Retry-After"]) <= 30
             assert response.headers["x-ratelimit-remaining-requests"] == "0"
 
 
