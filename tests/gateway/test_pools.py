@@ -262,7 +262,9 @@ async def test_a_decode_engine_that_breaks_off_is_ejected() -> None:
         engine = engines.choose(MODEL, 1, set())
 
         async def answer() -> list[Event]:
-            asked = engine.client.answer([1], Sampling(), kv_transfer=None, request_id="1")
+            asked = engine.client.answer(
+                [1], Sampling(), kv_transfer=None, request_id="1", cache_salt=None
+            )
             async with asked as events:
                 return [event async for event in events]
 
