@@ -58,7 +58,7 @@ async def gateway(
     app_of_engine.add_routes([web.route(*route) for route in more])
     async with TestServer(app_of_engine) as engine_server:
         port = unused_port()
-        given = {"heartbeat_s": 0.1, "poll_s": 0.1, "port": port} | settings
+        given = {"heartbeat_s": 0.1, "poll_s": 0.1, "index_timeout_s": 5.0, "port": port} | settings
         app = build(
             Settings(
                 engine=(str(engine_server.make_url("")).rstrip("/"),),

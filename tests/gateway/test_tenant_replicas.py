@@ -21,8 +21,8 @@ async def pair(
     file = tmp_path_factory.mktemp("replicas") / "tenants.toml"
     keys = tenants_file(file, a="tokens_per_minute = 1000", b="")
     async with (
-        gateway(model_dir, file, index=redis_url, index_timeout_s=5.0) as one,
-        gateway(model_dir, file, index=redis_url, index_timeout_s=5.0) as two,
+        gateway(model_dir, file, index=redis_url) as one,
+        gateway(model_dir, file, index=redis_url) as two,
     ):
         yield one, two, keys
 
