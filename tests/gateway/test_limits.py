@@ -19,6 +19,7 @@ from gateway.keys import ENGINES
 from gateway.limits import Load
 from gateway.metering import PassedTokens
 from gateway.quota import NEVER_USED_S, WINDOW_S, Rate, duration
+from gateway.settings import Settings
 from tests.conftest import until
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
@@ -81,7 +82,7 @@ def test_passed_tokens_are_counted_however_the_answer_is_cut(
 
 
 def test_one_text_of_any_size_may_be_tokenized_but_not_a_heap_of_them() -> None:
-    load = Load(max_queued_tokens=10, max_tokenizing_bytes=100)
+    load = Load(Settings(max_queued_tokens=10, max_tokenizing_bytes=100))
     with load.tokenizing(1000), pytest.raises(Overloaded), load.tokenizing(1):
         pass
     with load.tokenizing(40), load.tokenizing(60), pytest.raises(Overloaded):

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from cache_index.names import Hashing, packed
 from gateway.chain import BlockChain
 from gateway.identity import FORWARDED
-from gateway.keys import TENANTS
+from gateway.keys import RELOADER, TENANTS
+from gateway.logs import fields_of
 from gateway.tenants import EVERYBODY, Tenant, Tenants, TenantsError, hashed, new
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
+TRACE = "1" * 32
 asked: list[dict[str, Any]] = []
 heard: list[dict[str, str]] = []
 
@@ -155,11 +157,11 @@ async def test_an_engine_hears_neither_the_key_nor_what_would_steer_it(
 ) -> None:
     at, keys = running
     async with at.client(keys["a"]) as http:
-        steering = {"X-Data-Parallel-Rank": "1", "traceparent": "00-1-1-01"}
+        steering = {"X-Data-Parallel-Rank": "1", "traceparent": f"00-{TRACE}-{'2' * 16}-01"}
         await http.post("/v1/completions", json={"prompt": "x"}, headers=steering)
     assert keys["a"] not in str(heard[-1])
     assert "x-data-parallel-rank" not in heard[-1]
-    assert heard[-1]["traceparent"] == "00-1-1-01"
+    assert heard[-1]["traceparent"].split("-")[1] == TRACE
 
 
 async def test_collections_are_changed_by_those_who_may(
@@ -201,12 +203,24 @@ async def test_the_file_is_read_again(model_dir: Path, tmp_path: Path) -> None:
     async with gateway(model_dir, file) as at, at.client(before["a"]) as http:
         assert (await http.post("/v1/streams", json=BODY)).status_code == 201
         after = tenants_file(file, a="")
-        at.app[TENANTS].reload()
+        at.app[RELOADER].reload()
         assert (await http.post("/v1/streams", json=BODY)).status_code == 401
         file.write_text("[[tenants]]\nname = 3")
         with pytest.raises(TenantsError):
-            at.app[TENANTS].reload()
+            at.app[RELOADER].reload()
         assert at.app[TENANTS].of(after["a"].encode()) is not None, "a broken file changes nothing"
+
+
+async def test_a_log_line_says_whose_stream_it_is_about(
+    running: tuple[Gateway, dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    at, keys = running
+    caplog.set_level(logging.INFO, "gateway")
+    async with at.client(keys["a"]) as http:
+        stream_id = (await http.post("/v1/streams", json=BODY)).json()["id"]
+        await http.delete(f"/v1/streams/{stream_id}")
+    (ended,) = [r for r in caplog.records if r.getMessage() == "stream ended"]
+    assert fields_of(ended)["tenant"] == "a"
 
 
 async def test_an_open_gateway_has_no_salt(model_dir: Path) -> None:
