@@ -15,6 +15,7 @@ from typing import Any
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
 from gateway.answers import Chunks, Whole, next_event, why_broken
+from gateway.chores import Chores
 from gateway.errors import AnswerGone, GatewayError
 from gateway.keeper import Moved
 from gateway.requests import Options
@@ -50,13 +51,12 @@ class KeptAnswer:
         self._ended = False
         self._news = asyncio.Event()
         self._readers = 0
-        self._task: asyncio.Task[None] | None = None
+        self._chores = Chores()
         self._leaving: asyncio.TimerHandle | None = None
-        self._cancelling: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """The stream's input is closed: follow its answer."""
-        self._task = asyncio.create_task(self._follow())
+        self._chores.begin(self._follow())
 
     def break_off(self, error: GatewayError) -> None:
         """There is no answer."""
@@ -65,8 +65,7 @@ class KeptAnswer:
 
     def stop(self) -> None:
         """The gateway ends."""
-        if self._task is not None:
-            self._task.cancel()
+        self._chores.stop()
         if self._leaving is not None:
             self._leaving.cancel()
 
@@ -150,11 +149,11 @@ class KeptAnswer:
         self._news = asyncio.Event()
 
     def _abandon(self) -> None:
-        async def cancelled() -> None:
-            with suppress(Moved):
-                await self._stream.cancel()
+        self._chores.say(self._cancelled())
 
-        self._cancelling = asyncio.create_task(cancelled())
+    async def _cancelled(self) -> None:
+        with suppress(Moved):
+            await self._stream.cancel()
 
 
 async def _heard(news: asyncio.Event, timeout_s: float) -> bool:
