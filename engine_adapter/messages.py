@@ -29,7 +29,7 @@ of two prompts.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -58,6 +58,8 @@ class Open(Message, frozen=True):
     tokens: list[int]
     cache_salt: str | None = None
     """Separates the prefix cache of one tenant from another's."""
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Of the tenant that this salt stands for, against the others, where they compete."""
     lease_s: float = 60.0
     """Seconds of silence after which the engine frees the prompt."""
 

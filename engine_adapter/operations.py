@@ -81,12 +81,14 @@ class Decoding(Protocol):
         *,
         kv_transfer: Mapping[str, Any] | None,
         request_id: str,
+        cache_salt: str | None,
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """The answer to a whole prompt, from its first token on. Leaving the block aborts it.
 
         Args:
             kv_transfer: where the KV of these very tokens is (`DoneEvent.kv_transfer`); None to
                 prefill them here.
+            cache_salt: as of `Open`.
         """
 
     async def close(self) -> None:

@@ -47,7 +47,9 @@ WORD_S = 0.2
 class Core(Protocol):
     """What the sessions need of an engine's loop. Calls take effect in the order made."""
 
-    def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None) -> Awaitable[Status]:
+    def open(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+    ) -> Awaitable[Status]:
         """Begin a prompt."""
 
     def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Awaitable[Status]:
@@ -138,7 +140,7 @@ class Sessions:
             prompt_id, list(op.tokens), op.cache_salt, op.lease_s, time.monotonic() + op.lease_s
         )
         self._sessions[prompt_id] = session
-        call = self._core.open(prompt_id, session.tokens, op.cache_salt)
+        call = self._core.open(prompt_id, session.tokens, op.cache_salt, op.weight)
         return await self._call(session, call, kept=0)
 
     async def extend(self, prompt_id: str, op: Extend) -> Progress:

@@ -77,8 +77,10 @@ class Warming:
         self._starting = 0  # answers without a token
         self._answers: dict[str, Reading] = {}
 
-    async def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None) -> Status:
-        """Begin a prompt."""
+    async def open(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+    ) -> Status:
+        """Begin a prompt. A server without the plug-in knows no weights."""
         opened = self._prompts[prompt_id] = _Prompt(list(tokens), cache_salt)
         self._warm_soon(opened)
         return _status(opened)

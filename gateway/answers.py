@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, TokenEvent, TokenLogprob
-from gateway.errors import EngineFailed, GatewayError
+from gateway.errors import EngineFailed, GatewayError, InputClosed
 from gateway.stream import Stream
 
 DONE = b"data: [DONE]\n\n"
@@ -23,8 +23,18 @@ def sse(body: Json) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
+async def next_event(stream: Stream, timeout_s: float) -> Event | None:
+    """The next event of the answer, or None if none comes in time."""
+    event = await stream.next_event(timeout_s)
+    if event is None and stream.ended:  # it was cancelled, or its time is over
+        return await stream.next_event(0) or ErrorEvent(error={})
+    return event
+
+
 def why_broken(stream: Stream) -> GatewayError:
     """What a client is told of an answer that broke off."""
+    if stream.state in ("cancelled", "expired"):
+        return InputClosed(f"the stream is {stream.state}")
     return stream.error or EngineFailed("the answer broke off")
 
 

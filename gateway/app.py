@@ -17,19 +17,24 @@ from aiohttp.typedefs import Handler
 
 from cache_index.opening import open_index
 from engine_adapter.decode_client import DecodeClient
-from gateway import routes_collections, routes_openai, routes_streams
+from gateway import limits, routes_collections, routes_openai, routes_streams
+from gateway.accounts import Accounts
 from gateway.builders import builder_for
 from gateway.engines import AnyEngine
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError
 from gateway.guard import Guard
+from gateway.identity import identified
 from gateway.keeper import Keeper
 from gateway.keys import (
+    ACCOUNTS,
     BUILDERS,
     COLLECTIONS,
     ENGINES,
     EXECUTOR,
     KEEPER,
     LIFECYCLE,
+    LOAD,
+    MAKING,
     METRICS,
     RELOADER,
     RETRIEVALS,
@@ -38,6 +43,7 @@ from gateway.keys import (
     STREAMS,
     TAKING_OVER,
     TELLING,
+    TENANTS,
     TOKENIZERS,
 )
 from gateway.lifecycle import Lifecycle, counting
@@ -51,6 +57,7 @@ from gateway.routes_admin import metrics_of
 from gateway.settings import Current, Settings
 from gateway.streams import Streams
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenants
 from gateway.tracing import passing_on, traced
 from retrieval.collections.store import Collections
 from retrieval.embedding import Embedder, EmbedderMissing, MiniLm
@@ -73,13 +80,15 @@ def build(
     """
     lifecycle = Lifecycle()
     app = web.Application(
-        middlewares=[traced, _errors, counting(lifecycle)],
+        middlewares=[traced, _errors, identified, counting(lifecycle)],
         client_max_size=settings.max_body_bytes + 1,
         logger=logger,
     )
     app[SETTINGS] = Current(settings)
     app[METRICS], app[LIFECYCLE] = Metrics(), lifecycle
-    app[BUILDERS], app[TAKING_OVER], app[TELLING] = {}, {}, set()
+    app[TENANTS] = Tenants(Path(settings.tenants) if settings.tenants else None)
+    app[ACCOUNTS], app[LOAD] = Accounts(), limits.Load(settings)
+    app[BUILDERS], app[TAKING_OVER], app[TELLING], app[MAKING] = {}, {}, set(), set()
     app.add_routes([*routes_streams.routes, *routes_openai.routes])
     app.add_routes(
         [web.get("/health", _health), web.get("/ready", _ready), web.get("/metrics", _metrics)]
@@ -88,7 +97,7 @@ def build(
         app[COLLECTIONS] = Collections(Path(settings.collections), embedder or MiniLm())
         app[routes_collections.CHANGING] = asyncio.Lock()
         app.add_routes(routes_collections.routes)
-    app.on_response_prepare.append(_last_on_its_connection)
+    app.on_response_prepare.extend((limits.tell_limits, _last_on_its_connection))
     app.cleanup_ctx.append(partial(_running, read_again=read_again or (lambda: settings)))
     return app
 
@@ -116,7 +125,7 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
         prefixes = Prefixes(index, guard)
         pool = Pool(session, settings, metrics, decoding=DecodeClient)
         engines = Engines(pool, prefixes, settings.routing)
-        streams = Streams(settings, keeper, metrics)
+        streams = Streams(settings, keeper, metrics, app[ACCOUNTS])
         retrievals = Retrievals(settings, app.get(COLLECTIONS), metrics)
         tokenizers = Tokenizers(partial(builder_for, app))
 
@@ -125,7 +134,7 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
             tokenizers.seen(engine)
 
         def use(settings: Settings) -> None:
-            for user in (pool, streams, engines):
+            for user in (pool, streams, engines, app[LOAD]):
                 user.use(settings)
             logging.getLogger().setLevel(settings.log_level.upper())
 
@@ -133,7 +142,7 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
             app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
             app[EXECUTOR], app[KEEPER], app[RETRIEVALS] = executor, keeper, retrievals
             app[TOKENIZERS] = tokenizers
-            app[RELOADER] = Reloader(app[SETTINGS], pool, read_again, use)
+            app[RELOADER] = Reloader(app[SETTINGS], pool, app[TENANTS], read_again, use)
             await pool.start(
                 Callbacks(
                     lost=streams.engine_lost,

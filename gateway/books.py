@@ -94,6 +94,8 @@ class Books:
             question=pack(stream.prompt.tail),
             options=stream.options,
             digest=self._digest(confirmed),
+            tenant=stream.tenant.name,
+            asked=stream.asked,
         )
         return Kept(
             engine="" if stream.engine is None else stream.engine.url,
@@ -119,5 +121,6 @@ class Books:
         if hashing is None:
             return b""
         if self._chain is None or self._chain.hashing != hashing:
-            self._chain = BlockChain(hashing, self._stream.prompt.open_tokens)
+            salt = self._stream.tenant.cache_salt
+            self._chain = BlockChain(hashing, self._stream.prompt.open_tokens, salt)
         return self._chain.names

@@ -11,8 +11,9 @@ from cache_index.names import Hashing, name
 class BlockChain:
     """Hashes of the whole blocks of a prompt; each covers all tokens before it."""
 
-    def __init__(self, hashing: Hashing, tokens: Sequence[int]) -> None:
+    def __init__(self, hashing: Hashing, tokens: Sequence[int], salt: str | None = None) -> None:
         self.hashing = hashing
+        self._salt = salt
         self._hashes: list[bytes] = []
         self._names = bytearray()
         self._rest: list[int] = []  # tokens behind the last whole block
@@ -26,7 +27,8 @@ class BlockChain:
     def append(self, tokens: Sequence[int]) -> None:
         """The prompt goes on with these."""
         self._rest += tokens
-        new = self.hashing.chain(self._rest, self._hashes[-1] if self._hashes else None)
+        parent = self._hashes[-1] if self._hashes else None
+        new = self.hashing.chain(self._rest, parent, self._salt)
         self._hashes += new
         self._names += b"".join(map(name, new))
         del self._rest[: len(new) * self.hashing.block_size]

@@ -1,4 +1,5 @@
-"""The tasks of one stream: what keeps it going, and what is still to be done when it has ended."""
+"""The tasks of one stream, or of a kept answer: what keeps it going, and what is still to be done
+when it has ended."""
 
 from __future__ import annotations
 

@@ -290,7 +290,11 @@ class Course:
         engine.streams += 1
         try:
             async with engine.client.answer(
-                tokens, sampling, kv_transfer=kv_transfer, request_id=request_id
+                tokens,
+                sampling,
+                kv_transfer=kv_transfer,
+                request_id=request_id,
+                cache_salt=self._line.tenant.cache_salt,
             ) as events:
                 yield events
         finally:

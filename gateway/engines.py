@@ -91,6 +91,11 @@ class Engine(Member):
         root = bytes.fromhex(events.hash_root)
         return Hashing(events.hash_algorithm, events.block_size, root)
 
+    @property
+    def queued_tokens(self) -> int:
+        """Still to be computed there, by its own word, and placed there since."""
+        return self.placed_tokens + (0 if self.info is None else self.info.waiting_tokens)
+
     def candidate(self, held_tokens: int) -> Candidate:
         """As the choice sees it. It has answered at least once."""
         info = self.info
@@ -99,7 +104,7 @@ class Engine(Member):
         return Candidate(
             url=self.url,
             streams=self.streams,
-            waiting_tokens=info.waiting_tokens + self.placed_tokens,
+            waiting_tokens=self.queued_tokens,
             open_prompts=max(info.open_prompts + self.streams - self.streams_told, 0),
             running=info.running,
             kv_use=used,

@@ -5,7 +5,9 @@
      |   +- ContextTooLong       400  the chunk that crosses the model's length
      |   +- Unsupported          400  a parameter that can't be honoured
      |   +- UnknownDocument      400  an id alone, of which the stream has no text
-     +- NotAdmin                 401  an admin route without the admin key
+     +- Unauthorized             401  no key, or one that is not known
+     |   +- NotAdmin             401  an admin route without the admin key
+     +- Forbidden                403  not for this tenant
      +- RetrievalRefused         403  this gateway does not retrieve that
      +- StreamNotFound           404  unknown, forgotten or never opened
      +- ModelNotFound            404  no engine serves that model
@@ -17,8 +19,12 @@
      |   +- RetrievalUnderWay    409  a ranked list while the gateway itself ranks
      |   +- CollectionThere      409  there is one of that name
      |   +- EngineThere          409  the pool has that engine
+     |   +- KeyInUse             409  the first request of an idempotency key is under way
+     +- AnswerGone               410  the beginning of a kept answer is forgotten
      +- BodyTooLarge             413
+     +- KeyReused                422  another request under the same idempotency key
      +- RetrievalFailed          424  no source has found anything
+     +- RateLimited              429  the tenant's quota, with Retry-After
      +- Overloaded               503  with Retry-After
      +- Draining                 503  this gateway is about to end: ask another one
      +- IndexAway                503  nobody can say for now which replica holds the stream
@@ -81,6 +87,22 @@ class Unsupported(BadRequest):
     """A parameter that this gateway can't honour."""
 
     code = "unsupported_parameter"
+
+
+class Unauthorized(GatewayError):
+    """The request has no API key, or one that no tenant has."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(GatewayError):
+    """The tenant may not do that."""
+
+    status, type, code = 403, "invalid_request_error", "forbidden"
 
 
 class RetrievalRefused(GatewayError):
@@ -155,20 +177,48 @@ class NoSuchEngine(GatewayError):
     status, type, code = 404, "invalid_request_error", "engine_not_found"
 
 
-class NotAdmin(GatewayError):
+class NotAdmin(Unauthorized):
     """An admin route was asked for without the admin key."""
 
-    status, type, code = 401, "invalid_request_error", "invalid_admin_key"
+    code = "invalid_admin_key"
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
+
+class KeyInUse(Conflict):
+    """The first request with this idempotency key is still under way."""
+
+    code = "idempotency_key_in_use"
+
+
+class KeyReused(GatewayError):
+    """Another request was made with the same idempotency key."""
+
+    status, type, code = 422, "invalid_request_error", "idempotency_key_reused"
+
+
+class AnswerGone(GatewayError):
+    """What the client wants to go on with is not kept any more."""
+
+    status, type, code = 410, "invalid_request_error", "answer_gone"
 
 
 class BodyTooLarge(GatewayError):
     """The body is larger than the gateway takes."""
 
     status, type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class RateLimited(GatewayError):
+    """The tenant has used what it may; `limit` says which limit that is."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_s: int = 1, **details: Any) -> None:
+        super().__init__(message, **details)
+        self._retry_s = retry_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self._retry_s)}
 
 
 class Overloaded(GatewayError):

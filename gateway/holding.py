@@ -26,6 +26,8 @@ from engine_adapter.messages import PromptTokens
 from gateway import record as records
 from gateway.bodies import read_body
 from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
+from gateway.idempotency import HEADER
+from gateway.identity import is_forwarded, sent_on, tenant_of
 from gateway.keeper import NOBODY, Keeper, Moved
 from gateway.keys import (
     ENGINES,
@@ -37,19 +39,17 @@ from gateway.keys import (
     STREAMS,
     TAKING_OVER,
     TELLING,
+    TENANTS,
 )
 from gateway.line import abort
 from gateway.logs import bind
 from gateway.placement import Engine, ModelPlacer
 from gateway.record import Ledger
 from gateway.relay import end_to_end, relay
-from gateway.settings import Settings
 from gateway.stream import ALIVE, Stream
 
 logger = logging.getLogger(__name__)
 
-FORWARDED = "X-Stream2llm-Forwarded"
-"""On a request that another replica sent on: it is not sent on again."""
 MAX_ATTEMPTS = 5
 ASKING_S = 2.0
 """How long another replica may take to say whether it has a stream."""
@@ -77,7 +77,7 @@ class HolderGone(Exception):
 
 
 def on_stream(
-    limit: Callable[[Settings], int], *, repeatable: Callable[[bytes], bool] = lambda body: True
+    limit: Callable[[web.Request], int], *, repeatable: Callable[[bytes], bool] = lambda body: True
 ) -> Callable[[Handler], Route]:
     """A handler of requests for one stream, called where the stream is.
 
@@ -88,7 +88,7 @@ def on_stream(
 
     def decorate(handler: Handler) -> Route:
         async def route(request: web.Request) -> web.StreamResponse:
-            body = await read_body(request, limit(request.app[SETTINGS].now))
+            body = await read_body(request, limit(request))
             for attempt in range(MAX_ATTEMPTS):
                 await asyncio.sleep(PAUSE_S * attempt)
                 with suppress(Moved):
@@ -121,19 +121,27 @@ async def _find(request: web.Request) -> Stream | StreamRecord | str:
     app, stream_id = request.app, request.match_info["id"]
     stream = app[STREAMS].find(stream_id)
     if stream is not None:
+        _must_own(request, stream.tenant.name)
         return stream
     record = await app[KEEPER].find(stream_id)
     if record is None:
         return await _asked_around(request)
-    if record.holder == NOBODY and app[LIFECYCLE].draining and FORWARDED not in request.headers:
+    _must_own(request, records.read(record).about.tenant)
+    if record.holder == NOBODY and app[LIFECYCLE].draining and not is_forwarded(request):
         for other in await app[KEEPER].others():
             return other
     if record.holder in (NOBODY, app[KEEPER].replica):  # released, or from before a new start
         await _take_over(app, stream_id, record)
         raise Moved
-    if FORWARDED in request.headers:
+    if is_forwarded(request):
         raise NotHeld(f"{stream_id!r} is held by another replica")
     return record
+
+
+def _must_own(request: web.Request, tenant: str) -> None:
+    """To others it looks as if there were no such stream."""
+    if tenant != tenant_of(request).name:
+        raise StreamNotFound(f"no stream {request.match_info['id']!r}")
 
 
 async def _asked_around(request: web.Request) -> str:
@@ -144,21 +152,20 @@ async def _asked_around(request: web.Request) -> str:
         StreamNotFound, IndexAway
     """
     app, stream_id = request.app, request.match_info["id"]
-    if FORWARDED not in request.headers:
+    if not is_forwarded(request):
         others = sorted(await app[KEEPER].others())
-        has = await asyncio.gather(*(_has(app, replica, stream_id) for replica in others))
+        has = await asyncio.gather(*(_has(request, replica) for replica in others))
         for replica, yes in zip(others, has, strict=True):
             if yes:
                 return replica
     raise StreamNotFound(f"no stream {stream_id!r}")
 
 
-async def _has(app: web.Application, replica: str, stream_id: str) -> bool:
-    url = f"{replica}/v1/streams/{quote(stream_id, safe='')}"
-    headers = {FORWARDED: app[KEEPER].replica}
-    timeout = aiohttp.ClientTimeout(total=ASKING_S)
+async def _has(request: web.Request, replica: str) -> bool:
+    url = f"{replica}/v1/streams/{quote(request.match_info['id'], safe='')}"
+    headers, timeout = sent_on(request), aiohttp.ClientTimeout(total=ASKING_S)
     with suppress(aiohttp.ClientError, TimeoutError):
-        async with app[SESSION].get(url, headers=headers, timeout=timeout) as answer:
+        async with request.app[SESSION].get(url, headers=headers, timeout=timeout) as answer:
             return answer.status == 200
     return False
 
@@ -178,7 +185,7 @@ async def _send_on(
     app = request.app
     app[METRICS].forwarded.inc()
     headers = end_to_end(request.headers)
-    headers[FORWARDED] = app[KEEPER].replica
+    headers.update(sent_on(request))
     sent = app[SESSION].request(
         request.method,
         holder + request.path_qs,
@@ -214,12 +221,12 @@ async def _send_on(
 def _hung_up(app: web.Application, request: web.Request, holder: str) -> None:
     """The client is gone. The holder sees a connection break, and can't tell whether that was the
     client or only this replica, so it is told."""
-    if not request.path.endswith("/finish"):
-        return
+    if not request.path.endswith("/finish") or HEADER in request.headers:
+        return  # an answer with an idempotency key waits for its client to come back
 
     async def told() -> None:
         url = holder + request.path.removesuffix("/finish")
-        headers, timeout = {FORWARDED: app[KEEPER].replica}, aiohttp.ClientTimeout(total=ASKING_S)
+        headers, timeout = sent_on(request), aiohttp.ClientTimeout(total=ASKING_S)
         with suppress(aiohttp.ClientError, TimeoutError):
             await app[SESSION].delete(url, headers=headers, timeout=timeout)
 
@@ -276,17 +283,22 @@ async def _taken_over(app: web.Application, stream_id: str, record: StreamRecord
     if record.state not in ALIVE:
         raise StreamNotFound(f"no stream {stream_id!r}")
     found = records.read(record)
+    tenant = app[TENANTS].named(found.about.tenant)
+    if tenant is None:
+        raise StreamNotFound(f"no stream {stream_id!r}")
     engine = app[ENGINES].by_url(record.engine)
     has = await _what_is_there(engine, found.about.prompt_id)
     prompt = found.prompt(
-        [] if has is None else has.tokens, None if engine is None else engine.hashing
+        [] if has is None else has.tokens,
+        None if engine is None else engine.hashing,
+        tenant.cache_salt,
     )
     resumable = has is not None and not has.finished
     if not resumable:
         await abort(engine, found.about.prompt_id)
-    placer = ModelPlacer(app[ENGINES], found.about.model)
+    placer = ModelPlacer(app[ENGINES], found.about.model, tenant.cache_salt)
     ledger = Ledger(record.epoch, record.version)
-    stream = app[STREAMS].adopt(stream_id, found, prompt, placer, ledger)
+    stream = app[STREAMS].adopt(stream_id, tenant, found, prompt, placer, ledger)
     # From here to its beginning nothing is waited for: requests find it at once.
     if resumable and engine is not None and has is not None:
         stream.line.connect(engine)

@@ -39,6 +39,7 @@ from gateway.handoff import Decoders
 from gateway.prompt import difference
 from gateway.routing import Decision
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class Line:
         placer: Placer,
         *,
         lease_s: float,
+        tenant: Tenant,
         contested: Callable[[], Awaitable[None]],
         metrics: Metrics,
     ) -> None:
@@ -95,6 +97,7 @@ class Line:
             contested: called when somebody else seems to change the prompt; raises if that one
                 has the right to.
         """
+        self.tenant = tenant
         self.engine: Engine | None = None
         self.left: Engine | None = None
         """The engine it led to last."""
@@ -213,7 +216,8 @@ class Line:
         if self._sent is None:
             self._sent, self._version, self._common = wanted, 0, len(wanted)
             self._metrics.operations.labels("open").inc()
-            op = Open(tokens=wanted, lease_s=self._lease_s)
+            salt, weight = self.tenant.cache_salt, self.tenant.weight
+            op = Open(tokens=wanted, cache_salt=salt, weight=weight, lease_s=self._lease_s)
             self._note(await client.open(self.prompt_id, op))
             return
         keep, tokens = difference(self._sent, wanted)

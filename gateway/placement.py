@@ -18,11 +18,13 @@ __all__ = ["Engine", "Engines", "ModelPlacer", "Prefixes"]
 class Prefixes(Protocol):
     """Knows what engines hold."""
 
-    async def held(self, engines: Sequence[Engine], tokens: Sequence[int]) -> Mapping[str, int]:
+    async def held(
+        self, engines: Sequence[Engine], tokens: Sequence[int], salt: str | None
+    ) -> Mapping[str, int]:
         """How many tokens at the front of a prompt each engine has the KV of, by its URL. Engines
         of which nothing is known are left out."""
 
-    def sent(self, engine: Engine, tokens: Sequence[int]) -> None:
+    def sent(self, engine: Engine, tokens: Sequence[int], salt: str | None) -> None:
         """A prompt that begins with these tokens is on its way to an engine."""
 
 
@@ -99,9 +101,12 @@ class Engines:
             raise Overloaded(f"every engine of {model!r} has as many streams as it may")
 
     async def place(
-        self, model: str, tokens: Sequence[int], avoid: set[Engine]
+        self, model: str, tokens: Sequence[int], avoid: set[Engine], salt: str | None = None
     ) -> tuple[Engine, Decision]:
         """The engine for a prompt that begins with these tokens, by the policy.
+
+        Args:
+            salt: keeps what is cached for one tenant from others.
 
         Raises:
             EngineFailed: no engine is left.
@@ -113,7 +118,7 @@ class Engines:
         fit = [engine for engine in fit if self.pool.has_room(engine)] or fit
         held: Mapping[str, int] = {}
         if self.policy == "prefix" and len(fit) > 1:
-            held = await self._prefixes.held(fit, tokens)
+            held = await self._prefixes.held(fit, tokens, salt)
             fit = [engine for engine in fit if engine.takes]  # time has passed
             if not fit:
                 raise EngineFailed("no engine can be reached")
@@ -124,7 +129,7 @@ class Engines:
         engine.placed_tokens += len(tokens) - held.get(engine.url, 0)
         self.pool.placed(engine)
         if held:
-            self._prefixes.sent(engine, tokens)
+            self._prefixes.sent(engine, tokens, salt)
         return engine, Decision(self.policy, engine.url, len(tokens), scores)
 
     def any(self) -> Engine:
@@ -172,6 +177,8 @@ class ModelPlacer:
 
     engines: Engines
     model: str
+    salt: str | None = None
+    """Of the tenant whose streams they are."""
 
     @property
     def max_model_len(self) -> int | None:
@@ -193,4 +200,4 @@ class ModelPlacer:
 
     async def place(self, tokens: Sequence[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
         """See `Engines.place`."""
-        return await self.engines.place(self.model, tokens, avoid)
+        return await self.engines.place(self.model, tokens, avoid, self.salt)

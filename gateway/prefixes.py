@@ -45,13 +45,19 @@ class Prefixes:
         self._under_way: dict[str, dict[bytes, float]] = {}
         self._stopping: set[asyncio.Task[None]] = set()
 
-    async def held(self, engines: Sequence[Engine], tokens: Sequence[int]) -> Mapping[str, int]:
+    async def held(
+        self, engines: Sequence[Engine], tokens: Sequence[int], salt: str | None = None
+    ) -> Mapping[str, int]:
         """How many tokens at the front of a prompt each engine has the KV of, or soon will have,
-        by its URL. Engines of which nothing can be known are left out."""
+        by its URL. Engines of which nothing can be known are left out.
+
+        Args:
+            salt: of the prompt's tenant; what others hold is of no use to it.
+        """
         held: dict[str, int] = {}
         for hashing in {e.hashing for e in engines if e.hashing is not None}:
             urls = [e.url for e in engines if e.hashing == hashing]
-            names = packed(hashing.chain(tokens))
+            names = packed(hashing.chain(tokens, salt=salt))
             blocks = await self._blocks(hashing, names, urls)
             for url in urls:
                 known = self._with_under_way(url, names, blocks.get(url, 0))
@@ -66,12 +72,12 @@ class Prefixes:
         except IndexUnavailable:
             return {}
 
-    def sent(self, engine: Engine, tokens: Sequence[int]) -> None:
+    def sent(self, engine: Engine, tokens: Sequence[int], salt: str | None = None) -> None:
         """A prompt that begins with these tokens is on its way to an engine: others with the same
         documents may be close behind it, before any KV event can tell."""
         if engine.hashing is None:
             return
-        names = packed(engine.hashing.chain(tokens))
+        names = packed(engine.hashing.chain(tokens, salt=salt))
         recent = self._under_way.setdefault(engine.url, {})
         until_s = time.monotonic() + UNDER_WAY_S
         for name in _split(names):

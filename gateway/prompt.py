@@ -75,15 +75,25 @@ class Prompt:
         """Tokens of the whole prompt, tail included."""
         return self.open_length + len(self.tail)
 
-    def must_fit(self, limit: int | None, answer_tokens: int, *, param: str) -> None:
-        """Refuse a prompt that does not leave room for its answer.
+    def must_fit(
+        self, limit: int | None, answer_tokens: int, *, context_limit: int | None, param: str
+    ) -> None:
+        """Refuse a prompt that is longer than its tenant takes, or leaves no room for its answer.
 
         Args:
             limit: tokens that the model takes; None if that is not known.
+            context_limit: of the documents; None: any.
+            param: what the client sent.
 
         Raises:
             ContextTooLong
         """
+        if context_limit is not None and self.context_tokens > context_limit:
+            raise ContextTooLong(
+                f"the documents would have {self.context_tokens} tokens, but one stream may have "
+                f"{context_limit}",
+                param=param,
+            )
         if limit is not None and self.length + answer_tokens > limit:
             raise ContextTooLong(
                 f"the prompt would have {self.length} tokens and the answer up to {answer_tokens}, "

@@ -22,6 +22,7 @@ from cache_index.names import Hashing, packed
 from gateway.errors import EngineFailed
 from gateway.prompt import Document, Prompt, Tokens
 from gateway.requests import Options
+from gateway.tenants import EVERYBODY
 
 _TOKEN = array("I").itemsize
 
@@ -39,6 +40,10 @@ class About(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     options: Options
     digest: bytes = b""
     """Of the tokens that only the engine has."""
+    tenant: str = EVERYBODY.name
+    """Whose it is."""
+    asked: bytes = b""
+    """Under an idempotency key."""
 
 
 class ChunksTaken(msgspec.Struct, frozen=True, tag="chunks", array_like=True):
@@ -160,11 +165,14 @@ class Found:
         lengths = (length for length, _ in self.documents)
         return self.about.head_tokens + sum(lengths) - len(self.tail)
 
-    def prompt(self, engine_has: Sequence[int], hashing: Hashing | None) -> Prompt:
+    def prompt(
+        self, engine_has: Sequence[int], hashing: Hashing | None, salt: str | None = None
+    ) -> Prompt:
         """The prompt, with what the engine has of it.
 
         Args:
             hashing: how the names were made, if that is known; then they are compared.
+            salt: of the stream's tenant.
 
         Raises:
             EngineFailed: that is not enough, or not what it should be.
@@ -174,7 +182,7 @@ class Found:
         tokens = [*engine_has[: self.confirmed], *self.tail]
         if self.about.digest != digest(tokens[: self.confirmed]):
             raise EngineFailed("the engine has another prompt than this stream's")
-        if self.names and hashing is not None and packed(hashing.chain(tokens)) != self.names:
+        if self.names and hashing is not None and _names(hashing, tokens, salt) != self.names:
             raise EngineFailed("the engine has another prompt than this stream's")
         place = self.about.head_tokens
         documents = []
@@ -194,6 +202,10 @@ def read(record: StreamRecord) -> Found:
         tail=list(unpack(record.tail)),
         names=record.names,
     )
+
+
+def _names(hashing: Hashing, tokens: Sequence[int], salt: str | None) -> bytes:
+    return packed(hashing.chain(tokens, salt=salt))
 
 
 def digest(tokens: Sequence[int]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import aiohttp
 from aiohttp import web
@@ -20,17 +21,22 @@ HOP_BY_HOP = frozenset(
 
 
 async def relay(
-    request: web.Request, answer: aiohttp.ClientResponse, silence_s: float | None = None
+    request: web.Request,
+    answer: aiohttp.ClientResponse,
+    silence_s: float | None = None,
+    seen: Callable[[bytes], None] = lambda part: None,
 ) -> web.StreamResponse:
     """Send an answer on. One that breaks off does not look complete to the client.
 
     Args:
         silence_s: an answer that is silent so long has broken off; None: never.
+        seen: called with each part.
     """
     response = web.StreamResponse(status=answer.status, headers=end_to_end(answer.headers))
     await response.prepare(request)
     try:
         while part := await _next(answer, silence_s):
+            seen(part)
             await response.write(part)
         await response.write_eof()
     except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, TimeoutError):

@@ -12,6 +12,7 @@ from gateway.engines import Role
 from gateway.errors import EngineThere
 from gateway.pool import Pool, configured
 from gateway.settings import AT_RUN_TIME, Current, Settings
+from gateway.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Reloader:
         self,
         current: Current,
         pool: Pool,
+        tenants: Tenants,
         read: Callable[[], Settings],
         use: Callable[[Settings], None],
     ) -> None:
@@ -71,16 +73,19 @@ class Reloader:
         """
         self._current = current
         self._pool = pool
+        self._tenants = tenants
         self._read = read
         self._use = use
 
     def reload(self) -> Difference:
-        """Put what has changed into force. Engines that an operator has added stay.
+        """Put what has changed into force, in the file of tenants too. Engines that an operator has
+        added stay.
 
         Raises:
             SettingsError: nothing has changed.
         """
         now, wanted = self._current.now, self._read()
+        self._tenants.reload()
         found = difference(now, wanted)
         self._current.now = in_force(now, wanted)
         self._use(self._current.now)

@@ -6,6 +6,9 @@
     POST    /v1/collections/NAME/passages    NDJSON, lines of {"id", "text", "title"?}
     POST    /v1/collections/NAME/search      {"query", "k"?}
 
+With tenants, all of them may search all collections, and those whose part of the file has
+`collections_write` may change them.
+
 What blocks runs in threads; of changes one at a time.
 """
 
@@ -26,9 +29,11 @@ from gateway.errors import (
     BodyTooLarge,
     CollectionNotFound,
     CollectionThere,
+    Forbidden,
     GatewayError,
 )
-from gateway.keys import COLLECTIONS, SETTINGS
+from gateway.identity import tenant_of
+from gateway.keys import COLLECTIONS, SETTINGS, TENANTS
 from gateway.requests import read
 from retrieval.collections.store import (
     BadName,
@@ -70,6 +75,7 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 async def create(request: web.Request) -> web.Response:
     """Make an empty collection."""
+    _must_write(request)
     name = read(NewCollection, await _body(request)).name
     async with request.app[CHANGING]:
         await _in_thread(request.app[COLLECTIONS].create, name)
@@ -85,6 +91,7 @@ async def show(request: web.Request) -> web.Response:
 
 async def delete(request: web.Request) -> web.Response:
     """Remove a collection."""
+    _must_write(request)
     name = request.match_info["name"]
     async with request.app[CHANGING]:
         await _in_thread(request.app[COLLECTIONS].delete, name)
@@ -93,6 +100,7 @@ async def delete(request: web.Request) -> web.Response:
 
 async def add(request: web.Request) -> web.Response:
     """Add passages, all or none; one whose id is there replaces the older one."""
+    _must_write(request)
     name = request.match_info["name"]
     passages = await _passages(request)
     async with request.app[CHANGING]:
@@ -121,6 +129,11 @@ routes = [
     web.post("/v1/collections/{name}/passages", add),
     web.post("/v1/collections/{name}/search", search),
 ]
+
+
+def _must_write(request: web.Request) -> None:
+    if not (request.app[TENANTS].open or tenant_of(request).collections_write):
+        raise Forbidden("this key does not change collections")
 
 
 async def _body(request: web.Request) -> bytes:

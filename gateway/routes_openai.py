@@ -3,24 +3,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import aiohttp
 import orjson
 from aiohttp import web
+from multidict import CIMultiDict
 
 from gateway.bodies import read_body
 from gateway.errors import BadRequest, EngineFailed
-from gateway.keys import ENGINES, SESSION, SETTINGS
-from gateway.relay import end_to_end, relay
+from gateway.identity import tenant_of
+from gateway.keys import ENGINES, SESSION, TENANTS
+from gateway.limits import account_of, admit, body_limit
+from gateway.metering import PassedTokens
+from gateway.relay import relay
 from gateway.requests import Create, read
 from gateway.routes_streams import completion
+from gateway.tenants import Tenant
+
+BETWEEN_ENGINES = ("cache_salt", "kv_transfer_params", "ec_transfer_params")
+"""Fields that engines believe: a client that could set them would reach what others have cached."""
+HEADERS = (
+    "Accept", "Accept-Encoding", "Content-Type", "User-Agent", "X-Request-Id", "traceparent",
+    "tracestate",
+)  # fmt: skip
+"""What an engine hears of a request; others would let a client choose its rank or its worker."""
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answered here if the gateway is to retrieve the context, else passed through."""
-    body = await read_body(request, request.app[SETTINGS].now.max_body_bytes)
+    admit(request, stream=False)
+    body = await read_body(request, body_limit(request))
     if b'"retrieval"' in body and _has_retrieval(body):
         return await completion(request, read(Create, body))
-    return await _pass(request, body)
+    return await _pass(request, _for_engines(body, tenant_of(request)))
 
 
 def _has_retrieval(body: bytes) -> bool:
@@ -30,34 +46,75 @@ def _has_retrieval(body: bytes) -> bool:
         return False  # the engine says what is wrong with it
 
 
-async def passed_through(request: web.Request) -> web.StreamResponse:
-    """Send the request on as it is, and its answer back as it comes."""
-    return await _pass(request, await read_body(request, request.app[SETTINGS].now.max_body_bytes))
+async def completions(request: web.Request) -> web.StreamResponse:
+    """Passed through."""
+    admit(request, stream=False)
+    body = await read_body(request, body_limit(request))
+    return await _pass(request, _for_engines(body, tenant_of(request)))
+
+
+async def models(request: web.Request) -> web.StreamResponse:
+    """Passed through."""
+    return await _pass(request, b"")
+
+
+def _for_engines(body: bytes, tenant: Tenant) -> bytes:
+    """A body as engines get it: with the tenant's salt, if it has one.
+
+    Raises:
+        BadRequest: it is no JSON object, or has what is not for clients.
+    """
+    try:
+        raw = orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        raise BadRequest("the body is no valid JSON") from e
+    if not isinstance(raw, dict):
+        raise BadRequest("the body must be a JSON object")
+    for name in (*BETWEEN_ENGINES, *(["priority"] if tenant.cache_salt else [])):
+        if raw.get(name) is not None:
+            raise BadRequest(f"{name} is not for clients", param=name)
+    _check_extensions(raw.get("vllm_xargs"))
+    if tenant.cache_salt is None:
+        return body
+    return orjson.dumps(raw | {"cache_salt": tenant.cache_salt})
+
+
+def _check_extensions(extensions: Any) -> None:
+    """vLLM puts these beside what the plug-in and its connectors say of a request."""
+    for name in extensions if isinstance(extensions, dict) else ():
+        if name.startswith("stream2llm") or name.endswith("_transfer_params"):
+            raise BadRequest(f"{name} is not for clients", param="vllm_xargs")
 
 
 async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
-    if b'"kv_transfer_params"' in body:  # engines trust each other's, not a client's
-        raise BadRequest("kv_transfer_params is not for clients", param="kv_transfer_params")
     engines = request.app[ENGINES]
     engine = engines.any()
-    timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
+    timeout, tokens = aiohttp.ClientTimeout(total=None, connect=5.0), PassedTokens(body)
     try:
         with engines.pool.passing(engine):
             async with request.app[SESSION].request(
                 request.method,
                 engine.url + request.path_qs,
                 data=body or None,
-                headers=end_to_end(request.headers),
+                headers=_headers(request),
                 timeout=timeout,
                 allow_redirects=False,
             ) as answer:
-                return await relay(request, answer)
+                return await relay(request, answer, seen=tokens.see)
     except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as e:
         raise EngineFailed(f"the engine can't be reached: {e}") from e
+    finally:
+        account_of(request).spend(tokens.total)
+
+
+def _headers(request: web.Request) -> CIMultiDict[str]:
+    """Where the gateway asks for keys of its own, they are none of the engine's."""
+    names = (*HEADERS, "Authorization") if request.app[TENANTS].open else HEADERS
+    return CIMultiDict((name, request.headers[name]) for name in names if name in request.headers)
 
 
 routes = [
     web.post("/v1/chat/completions", chat_completions),
-    web.post("/v1/completions", passed_through),
-    web.get("/v1/models", passed_through),
+    web.post("/v1/completions", completions),
+    web.get("/v1/models", models),
 ]

@@ -13,14 +13,27 @@ import msgspec
 import orjson
 from aiohttp import web
 
+from cache_index.index import StreamRecord
 from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
-from gateway.answers import HEARTBEAT, Chunks, Whole, retrieval, why_broken
+from gateway import idempotency
+from gateway import record as records
+from gateway.answers import HEARTBEAT, Chunks, Whole, next_event, retrieval, sse, why_broken
 from gateway.bodies import must_have, read_body, read_lines
 from gateway.builders import builder_for
-from gateway.errors import BadRequest, RetrievalUnderWay, UnknownDocument
-from gateway.holding import FORWARDED, on_stream
+from gateway.errors import (
+    AnswerGone,
+    BadRequest,
+    Conflict,
+    GatewayError,
+    InputClosed,
+    RetrievalUnderWay,
+    UnknownDocument,
+)
+from gateway.holding import on_stream
+from gateway.identity import is_forwarded, tenant_of
 from gateway.keeper import Moved
-from gateway.keys import ENGINES, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.keys import ENGINES, LOAD, MAKING, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.limits import account_of, admit, body_limit, chunk_limit
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
 from gateway.record import Taken
@@ -35,33 +48,53 @@ from gateway.requests import (
     merged,
     read,
 )
+from gateway.resuming import KeptAnswer
 from gateway.retrieving import ANSWER_TOKENS
-from gateway.settings import Settings
 from gateway.stream import Stream, Tokenized
 
 NDJSON = "application/x-ndjson"
-
-
-def chunk_limit(settings: Settings) -> int:
-    return settings.max_chunk_bytes
-
-
-def body_limit(settings: Settings) -> int:
-    return settings.max_body_bytes
+MAX_DIGITS = 18
+"""Of the number of an event."""
 
 
 async def create(request: web.Request) -> web.StreamResponse:
     """Open a stream; with a body of NDJSON, open, feed and finish it in one request."""
+    admit(request, stream=True)
     if request.content_type == NDJSON:
         return await _one_request(request)
-    body = await read_body(request, request.app[SETTINGS].now.max_body_bytes)
-    return _json(await _describe(await _open(request.app, read(Create, body), kept=True)), 201)
+    body = await read_body(request, body_limit(request))
+    if (key := idempotency.key_of(request)) is not None:
+        return await _create_once(request, body, key)
+    return _json(await _describe(await _open(request, read(Create, body), kept=True)), 201)
+
+
+async def _create_once(request: web.Request, body: bytes, key: str) -> web.Response:
+    """The stream of an idempotency key, made by the first request with it."""
+    stream_id, asked = idempotency.stream_id(request, key), idempotency.digest(body)
+    found = await idempotency.made_before(request, stream_id, asked)
+    if found is not None:
+        if isinstance(found, Stream):
+            told = await _describe(found)
+        else:
+            told = _recorded(stream_id, found)
+        response = _json(told, 201)
+        response.headers[idempotency.REPLAYED] = "true"
+        return response
+    making = request.app[MAKING]
+    making.add(stream_id)
+    try:
+        create = read(Create, body)
+        stream = await _open(request, create, kept=True, stream_id=stream_id, asked=asked)
+    finally:
+        making.discard(stream_id)
+    return _json(await _describe(stream), 201)
 
 
 @on_stream(chunk_limit, repeatable=lambda body: read(ChunkPost, body).seq is not None)
 async def chunks(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Take in chunks of context."""
     started_s = time.monotonic()
+    account_of(request).check_tokens()
     post = read(ChunkPost, body)
     seq, taken = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
     response = _json(_acknowledged(stream, seq, taken), 202)
@@ -76,6 +109,7 @@ async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Re
     """Put a ranked list in place of the stream's documents."""
     if stream.retrieval is not None and stream.retrieval.state == "running":
         raise RetrievalUnderWay("the gateway ranks this stream's documents: post chunks")
+    account_of(request).check_tokens()
     ranked = read(RankedList, body)
     tokenized = _known_or_tokenized(request.app, stream, ranked.documents)
     seq, taken = await stream.replace(tokenized, ranked.seq)
@@ -86,7 +120,73 @@ async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Re
 async def finish(request: web.Request, stream: Stream, body: bytes) -> web.StreamResponse:
     """Close the input and answer."""
     options = merged(stream.options, read(Options, body))
+    if (key := idempotency.key_of(request)) is not None:
+        return await _finish_once(request, stream, options, key, idempotency.digest(body))
     return await _complete(request, stream, options)
+
+
+async def _finish_once(
+    request: web.Request, stream: Stream, options: Options, key: str, asked: bytes
+) -> web.StreamResponse:
+    """The answer of an idempotency key: begun by the first request with it, and read by all."""
+    answers = request.app[STREAMS].answers
+    answer = answers.get(stream.id)
+    if answer is not None and answer.key == key:
+        idempotency.must_be_same(answer.digest, asked)
+    elif answer is not None:
+        raise InputClosed("the stream was finished with another Idempotency-Key")
+    else:
+        resume_s = request.app[SETTINGS].now.resume_s
+        answer = KeptAnswer(stream, options, key=key, digest=asked, resume_s=resume_s)
+        answers[stream.id] = answer
+        try:
+            if stream.retrieval is not None:
+                await stream.retrieval.ended()
+            await stream.finish(options)
+        except BaseException as e:  # what reads it already is told, and the key is free again
+            answers.pop(stream.id, None)
+            answer.break_off(e if isinstance(e, GatewayError) else GatewayError("not finished"))
+            raise
+        answer.begin()
+    return await _read_kept(request, answer)
+
+
+@on_stream(body_limit)
+async def answer(request: web.Request, stream: Stream, body: bytes) -> web.StreamResponse:
+    """The answer of a stream that was finished with an Idempotency-Key, or the rest of it."""
+    kept = request.app[STREAMS].answers.get(stream.id)
+    if kept is None:
+        raise Conflict("there is no answer: finish the stream, with an Idempotency-Key")
+    return await _read_kept(request, kept)
+
+
+async def _read_kept(request: web.Request, answer: KeptAnswer) -> web.StreamResponse:
+    """Behind Last-Event-ID, if the client has a part already."""
+    last = request.headers.get("Last-Event-ID", "")
+    if last and not (last.isdecimal() and len(last) < MAX_DIGITS):
+        raise BadRequest("Last-Event-ID is none of an answer's", param="Last-Event-ID")
+    with answer.reading():
+        if answer.whole:
+            return _json(await answer.body())
+        return await _kept_events(request, answer, int(last) if last else -1)
+
+
+async def _kept_events(request: web.Request, answer: KeptAnswer, after: int) -> web.StreamResponse:
+    heartbeat_s, response = request.app[SETTINGS].now.heartbeat_s, _sse_response()
+    try:
+        async with aclosing(answer.events(after, heartbeat_s)) as events:
+            async for event in events:
+                if not response.prepared:
+                    await response.prepare(request)
+                await response.write(HEARTBEAT if event is None else b"id: %d\n%b" % event)
+    except AnswerGone as e:  # it reads too slowly, or asks for what is long past
+        if not response.prepared:
+            raise
+        await response.write(sse(e.to_json()))
+    if not response.prepared:
+        await response.prepare(request)
+    await response.write_eof()
+    return response
 
 
 @on_stream(body_limit)
@@ -107,28 +207,42 @@ routes = [
     web.post("/v1/streams/{id}/chunks", chunks),
     web.put("/v1/streams/{id}/documents", documents),
     web.post("/v1/streams/{id}/finish", finish),
+    web.get("/v1/streams/{id}/answer", answer),
     web.get("/v1/streams/{id}", status),
     web.delete("/v1/streams/{id}", cancel),
 ]
 
 
-async def _open(app: web.Application, body: Create, *, kept: bool) -> Stream:
+async def _open(
+    request: web.Request,
+    body: Create,
+    *,
+    kept: bool,
+    stream_id: str | None = None,
+    asked: bytes = b"",
+) -> Stream:
     """A stream with the documents it begins with, and its retrieval.
 
     Args:
         kept: other replicas can go on with it.
+        stream_id, asked: of one that is made under an idempotency key.
 
     Raises:
         BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
     """
+    app, tenant = request.app, tenant_of(request)
     app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))
+    app[LOAD].check(app[ENGINES].serving(body.model))
     wanted = body.wanted
     plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
     builder = await builder_for(app, body.model)
     prompt = await builder.frame(body.messages)
-    placer = ModelPlacer(app[ENGINES], body.model)
+    placer = ModelPlacer(app[ENGINES], body.model, tenant.cache_salt)
     options = merged(Options(), body)
-    stream = app[STREAMS].create(body.model, prompt, placer, options, kept=kept)
+    stream = app[STREAMS].create(
+        tenant, body.model, prompt, placer, options, kept=kept, stream_id=stream_id
+    )
+    stream.asked = asked
     try:
         stream.check_length(prompt)
         if body.documents:
@@ -155,7 +269,8 @@ def _room(stream: Stream, max_model_len: int | None) -> int | None:
 def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
     async def documents() -> list[Document]:
         builder = await builder_for(app, stream.model)
-        return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
+        with app[LOAD].tokenizing(sum(len(chunk.text) for chunk in chunks)):
+            return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
 
     return documents
 
@@ -174,9 +289,11 @@ def _known_or_tokenized(
             r.id: _known(stream, r.id) for r in ranked if r.text is None and r.id is not None
         }
         builder = await builder_for(app, stream.model)
-        return [
-            known[r.id] if r.text is None else await builder.document(r.text, r.id) for r in ranked
-        ]
+        with app[LOAD].tokenizing(sum(len(r.text or "") for r in ranked)):
+            return [
+                known[r.id] if r.text is None else await builder.document(r.text, r.id)
+                for r in ranked
+            ]
 
     return documents
 
@@ -192,16 +309,17 @@ def _known(stream: Stream, name: str) -> Document:
 
 async def _one_request(request: web.Request) -> web.StreamResponse:
     """First line the request, then chunks, then `{"finish": true}`."""
-    limit = request.app[SETTINGS].now.max_chunk_bytes
+    limit, account = chunk_limit(request), account_of(request)
     stream: Stream | None = None
     try:
         async with aclosing(read_lines(request, limit)) as lines:
             first = must_have(await anext(lines, None), "the body is empty")
-            stream = await _open(request.app, read(Create, first), kept=False)
+            stream = await _open(request, read(Create, first), kept=False)
             async for line in lines:
                 if b'"finish"' in line and (end := _finish_line(line)) is not None:
                     options = merged(stream.options, end)
                     return await _complete(request, stream, options)
+                account.check_tokens()
                 await stream.add(_tokenized(request.app, stream, [read(Chunk, line)]), None)
         raise BadRequest('the body ended without {"finish": true}')
     finally:
@@ -223,7 +341,8 @@ def _finish_line(line: bytes) -> FinishLine | None:
 
 async def completion(request: web.Request, body: Create) -> web.StreamResponse:
     """A chat completion whose context the gateway retrieves: open, retrieve, answer."""
-    stream = await _open(request.app, body, kept=False)
+    account_of(request).check_streams()
+    stream = await _open(request, body, kept=False)
     options = merged(stream.options, Options(stream=bool(body.stream)))
     try:
         return await _complete(request, stream, options)
@@ -252,7 +371,7 @@ async def _answer(request: web.Request, stream: Stream, options: Options) -> web
             return await _whole(request, stream)
         return await _sse(request, stream, options)
     except (asyncio.CancelledError, ConnectionError):
-        if FORWARDED in request.headers:
+        if is_forwarded(request):
             await stream.take_back_finish()
         raise
     finally:
@@ -264,7 +383,7 @@ async def _answer(request: web.Request, stream: Stream, options: Options) -> web
 async def _whole(request: web.Request, stream: Stream) -> web.Response:
     whole = Whole(stream)
     while True:
-        match await stream.next_event(request.app[SETTINGS].now.heartbeat_s):
+        match await next_event(stream, request.app[SETTINGS].now.heartbeat_s):
             case TokenEvent() as event:
                 whole.add(event)
             case DoneEvent() as done:
@@ -276,17 +395,11 @@ async def _whole(request: web.Request, stream: Stream) -> web.Response:
 async def _sse(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
     usage = options.stream_options is not None and options.stream_options.include_usage
     chunks = Chunks(stream, usage)
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",
-        }
-    )
+    response = _sse_response()
     await response.prepare(request)
     await response.write(chunks.first())
     while True:
-        event = await stream.next_event(request.app[SETTINGS].now.heartbeat_s)
+        event = await next_event(stream, request.app[SETTINGS].now.heartbeat_s)
         if event is None:
             await response.write(HEARTBEAT)
             continue
@@ -295,6 +408,29 @@ async def _sse(request: web.Request, stream: Stream, options: Options) -> web.St
         if isinstance(event, DoneEvent | ErrorEvent):
             await response.write_eof()
             return response
+
+
+def _sse_response() -> web.StreamResponse:
+    return web.StreamResponse(
+        headers={
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+        }
+    )
+
+
+def _recorded(stream_id: str, record: StreamRecord) -> dict[str, Any]:
+    """A stream that another replica holds, as far as its record tells."""
+    about = records.read(record).about
+    return {
+        "id": stream_id,
+        "object": "stream",
+        "created": int(about.created_s),
+        "model": about.model,
+        "state": record.state,
+        "engine": record.engine or None,
+    }
 
 
 async def _describe(stream: Stream) -> dict[str, Any]:

@@ -63,6 +63,11 @@ class Settings:
     handoff_timeout_s: float = _setting(
         10.0, "longest wait for a decode engine to fetch a prompt's KV; then it is read anew"
     )
+    tenants: str | None = _setting(
+        None,
+        "TOML file of the tenants with their keys and limits, see `python -m gateway.tenants` "
+        "(default: open to everybody)",
+    )
     routing: str = _setting("prefix", "which engine: " + ", ".join(POLICIES))
     engine_max_streams: int = _setting(
         0, "streams and requests at once on one engine; more are answered 503 (0: any number)"
@@ -81,9 +86,20 @@ class Settings:
         "(default: none, on this machine only)",
     )
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
+    max_queued_tokens: int = _setting(
+        1_000_000,
+        "tokens that may wait to be computed at each engine; beyond, new streams are answered 503",
+    )
+    max_tokenizing_bytes: int = _setting(
+        16 << 20, "text that may wait to be tokenized; beyond, chunks are answered 503"
+    )
     max_chunk_bytes: int = _setting(1 << 20, "largest body of one chunk post or NDJSON line")
     max_body_bytes: int = _setting(16 << 20, "largest body of any other request")
     idle_timeout_s: float = _setting(300.0, "an open stream without input so long is cancelled")
+    resume_s: float = _setting(
+        30.0, "how long an answer with an Idempotency-Key waits for a reader that was cut off"
+    )
+    max_stream_s: float = _setting(3600.0, "a stream that is older is cancelled")
     keep_finished_s: float = _setting(60.0, "how long an ended stream can still be looked up")
     lease_s: float = _setting(60.0, "engines free a stream when the gateway is silent so long")
     poll_s: float = _setting(0.5, "how often engines are asked for their health and load")
@@ -180,18 +196,20 @@ AT_RUN_TIME = frozenset(
         "engine", "plain_engine", "decode_engine", "routing", "engine_max_streams", "eject_after",
         "drain_timeout_s", "max_streams", "max_chunk_bytes", "max_body_bytes", "idle_timeout_s",
         "poll_s", "poll_timeout_s", "heartbeat_s", "log_level",
-        "handoff_min_tokens", "handoff_idle_tokens", "handoff_timeout_s",
+        "handoff_min_tokens", "handoff_idle_tokens", "handoff_timeout_s", "max_queued_tokens",
+        "max_tokenizing_bytes", "resume_s", "max_stream_s",
     }
 )  # fmt: skip
 """What a running gateway can be told anew; the rest is read when it starts."""
 
 _FROM_ONE = (
     "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache", "crawl_max_pages",
-    "max_retrievals", "eject_after", "handoff_min_tokens",
+    "max_retrievals", "eject_after", "handoff_min_tokens", "max_queued_tokens",
+    "max_tokenizing_bytes",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
-    "retrieval_max_s", "poll_timeout_s", "handoff_timeout_s",
+    "retrieval_max_s", "poll_timeout_s", "handoff_timeout_s", "max_stream_s", "resume_s",
 )  # fmt: skip
 
 

@@ -23,11 +23,12 @@ from typing import Literal
 
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, Event, Progress
-from gateway.account import account_of
+from gateway.accounts import Account
 from gateway.answering import Answering
 from gateway.books import Books
 from gateway.chores import Chores
 from gateway.course import Course
+from gateway.ending import ending_of
 from gateway.engines import AnyEngine, Engine
 from gateway.errors import (
     EngineFailed,
@@ -63,6 +64,7 @@ class Stream:
     def __init__(
         self,
         stream_id: str,
+        account: Account,
         model: str,
         prompt: Prompt,
         *,
@@ -75,27 +77,22 @@ class Stream:
         ended: Callable[[Stream], None],
         moved: Callable[[Stream], None],
     ) -> None:
-        """
-        Args:
-            keeper: None for a stream that nobody can go on with elsewhere.
-            ended, moved: called once each, when it has ended and when it is held elsewhere.
-        """
-        self.id = stream_id
-        self.model = model
+        """`keeper` is None for a stream that nobody can go on with elsewhere; `ended` and `moved`
+        are called once each, when it has ended and when it is held elsewhere."""
+        self.id, self.model = stream_id, model
+        self.account, self.tenant = account, account.tenant
+        self.asked = b""  # the digest of what was asked under an idempotency key
         self.prompt = prompt
         self.state: State = "open"
         self.error: GatewayError | None = None
         self.created_s = time.time()
-        self.touched_s = self.renewed_s = time.monotonic()
+        self.begun_s = self.touched_s = self.renewed_s = time.monotonic()
         self.known = KnownDocuments()
         self.options = options
         self.line = Line(
-            stream_id,
-            placer,
-            lease_s=lease_s,
-            contested=partial(self.keep, renew=True),
-            metrics=metrics,
-        )
+            stream_id, placer, lease_s=lease_s, tenant=self.tenant,
+            contested=partial(self.keep, renew=True), metrics=metrics,
+        )  # fmt: skip
         self.books = Books(self, keeper)
         self.taken: list[Taken] = []
         """The answer to each post, by its seq."""
@@ -158,10 +155,8 @@ class Stream:
     async def replace(self, documents: Tokenized, seq: int | None) -> tuple[int, Taken]:
         """Put a ranked list in place of all documents; numbers and errors as of `add`.
 
-        Args:
-            documents: gives the tokenized list; called when it is this post's turn, so that
-                `known` has what the posts before it brought.
-        """
+        `documents` is called when it is this post's turn, so that `known` has what the posts before
+        it brought."""
         return await self._in_turn(documents, seq, self._replace)
 
     async def _in_turn(
@@ -219,7 +214,7 @@ class Stream:
         self.books.appended(new)
         self.known.add(new)
         self._metrics.chunks.inc(len(new))
-        self._metrics.context_tokens.inc(sum(len(d.tokens) for d in new))
+        self._took_in(sum(len(d.tokens) for d in new))
         self._changed.set()
 
     def _replace(self, documents: list[Document]) -> ListTaken:
@@ -236,16 +231,22 @@ class Stream:
             self.books.rewritten(after, kept)
         self.known.replace(documents)
         self._metrics.lists.inc()
-        self._metrics.context_tokens.inc(len(added))
+        self._took_in(len(added))
         self._metrics.invalidated_tokens.inc(invalidated)
         return ListTaken(prompt.context_tokens, kept, invalidated, len(added))
 
     def check_length(
         self, prompt: Prompt, answer_tokens: int | None = None, *, param: str = "text"
     ) -> None:
-        """Raise ContextTooLong if a prompt does not leave room for the answer."""
-        limit = self._placer.max_model_len
-        prompt.must_fit(limit, answer_tokens or self._answer_tokens, param=param)
+        """Raise ContextTooLong if a prompt is too long for its tenant, or for its answer's sake."""
+        prompt.must_fit(
+            self._placer.max_model_len, answer_tokens or self._answer_tokens,
+            context_limit=self.tenant.context_tokens, param=param,
+        )  # fmt: skip
+
+    def _took_in(self, tokens: int) -> None:
+        self._metrics.context_tokens.inc(tokens)
+        self.account.spend(tokens)
 
     async def finish(self, options: Options) -> None:
         """Close the input and begin the answer; `next_event` gives it.
@@ -264,11 +265,8 @@ class Stream:
             await self.keep()
 
     async def next_event(self, timeout_s: float) -> Event | None:
-        """The next event of the answer, or None if none comes in time.
-
-        A `DoneEvent` or an `ErrorEvent` is the last. Whoever stops reading before ends the
-        stream with `cancel`.
-        """
+        """The next event of the answer, or None if none comes in time. A `DoneEvent` or an
+        `ErrorEvent` is the last; whoever stops reading before ends the stream with `cancel`."""
         return await self._answering.next_event(timeout_s)
 
     async def status(self) -> Progress | None:
@@ -419,7 +417,7 @@ class Stream:
         self.known.clear()
         self.touched_s = time.monotonic()
         self.line.disconnect()
-        account_of(self, self._answering).told(self._metrics)
+        ending_of(self, self._answering).told(self._metrics)
         self._chores.stop(others=True)
         if self.books.kept and state != "moved":
             self._chores.say(self._keep_if_ours())
@@ -496,4 +494,5 @@ class Stream:
         self.touched_s = time.monotonic()
         self._answering.put(event)
         if isinstance(event, DoneEvent):
+            self.account.spend(event.completion_tokens)
             self._end("done")

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+from gateway.accounts import Accounts
 from gateway.engines import AnyEngine
 from gateway.errors import Overloaded
 from gateway.handoff import Rule
@@ -20,9 +21,11 @@ from gateway.logs import bind
 from gateway.prompt import Prompt
 from gateway.record import Found, Ledger
 from gateway.requests import Options
+from gateway.resuming import KeptAnswer
 from gateway.settings import Settings
 from gateway.stream import Stream
 from gateway.telemetry import Metrics
+from gateway.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +37,15 @@ AT_ONCE = 64
 class Streams:
     """The streams by id, and the task that looks after the silent ones."""
 
-    def __init__(self, settings: Settings, keeper: Keeper, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, keeper: Keeper, metrics: Metrics, accounts: Accounts
+    ) -> None:
         self._settings = settings
         self._keeper = keeper
         self._metrics = metrics
+        self._accounts = accounts
+        self.answers: dict[str, KeptAnswer] = {}
+        """Those that can be read again, by stream."""
         self._streams: dict[str, Stream] = {}
         self._alive = 0
         self._alive_of: Counter[str] = Counter()
@@ -59,6 +67,8 @@ class Streams:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
+        for answer in self.answers.values():
+            answer.stop()
         streams = list(self._streams.values())
         if self._settings.index is None:
             await asyncio.gather(*(stream.close() for stream in streams))
@@ -67,33 +77,59 @@ class Streams:
         await asyncio.gather(*self._work, return_exceptions=True)
 
     def create(
-        self, model: str, prompt: Prompt, placer: Placer, options: Options, *, kept: bool
+        self,
+        tenant: Tenant,
+        model: str,
+        prompt: Prompt,
+        placer: Placer,
+        options: Options,
+        *,
+        kept: bool,
+        stream_id: str | None = None,
     ) -> Stream:
         """A new stream, not begun yet.
 
         Args:
             kept: other replicas can go on with it.
+            stream_id: if the caller has chosen one that is free.
+
+        Raises:
+            Overloaded, RateLimited
+        """
+        self.check_room()
+        self._accounts.of(tenant).check_streams()
+        stream_id = stream_id or f"st-{uuid.uuid4().hex}"
+        return self._add(stream_id, tenant, model, prompt, placer, options, kept=kept)
+
+    def check_room(self) -> None:
+        """Whether one more stream may be opened.
 
         Raises:
             Overloaded
         """
         if self._alive >= self._settings.max_streams:
             raise Overloaded(f"{self._alive} streams are open")
-        stream_id = f"st-{uuid.uuid4().hex}"
-        return self._add(stream_id, model, prompt, placer, options, kept=kept)
 
     def adopt(
-        self, stream_id: str, found: Found, prompt: Prompt, placer: Placer, ledger: Ledger
+        self,
+        stream_id: str,
+        tenant: Tenant,
+        found: Found,
+        prompt: Prompt,
+        placer: Placer,
+        ledger: Ledger,
     ) -> Stream:
         """A stream that another replica held, not begun yet."""
         about = found.about
-        stream = self._add(stream_id, about.model, prompt, placer, about.options, kept=True)
+        stream = self._add(stream_id, tenant, about.model, prompt, placer, about.options, kept=True)
+        stream.asked = about.asked
         stream.resume(found.taken, about.created_s, ledger)
         return stream
 
     def _add(
         self,
         stream_id: str,
+        tenant: Tenant,
         model: str,
         prompt: Prompt,
         placer: Placer,
@@ -101,8 +137,10 @@ class Streams:
         *,
         kept: bool,
     ) -> Stream:
+        account = self._accounts.of(tenant)
         stream = Stream(
             stream_id,
+            account,
             model,
             prompt,
             options=options,
@@ -118,6 +156,7 @@ class Streams:
         self._streams[stream_id] = stream
         self._alive += 1
         self._alive_of[model] += 1
+        account.streams += 1
         self._metrics.open_streams.set(self._alive)
         return stream
 
@@ -179,13 +218,18 @@ class Streams:
     def _ended(self, stream: Stream) -> None:
         self._alive -= 1
         self._alive_of[stream.model] -= 1
+        stream.account.streams -= 1
         self._metrics.open_streams.set(self._alive)
         if stream.retrieval is not None:
             stream.retrieval.cancel()
 
     def _moved(self, stream: Stream) -> None:
         if self._streams.get(stream.id) is stream:
-            del self._streams[stream.id]
+            self._forget(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        del self._streams[stream.id]
+        self.answers.pop(stream.id, None)
 
     async def _sweep(self) -> None:
         while True:
@@ -207,11 +251,13 @@ class Streams:
         """What has to be done for silent streams now; forgets the long ended ones."""
         work: list[Coroutine[Any, Any, None]] = []
         for stream in list(self._streams.values()):
-            silent_s = now_s - stream.touched_s
+            silent_s, tenant = now_s - stream.touched_s, stream.tenant
+            idle_s = tenant.idle_s or self._settings.idle_timeout_s
+            life_s = tenant.stream_s or self._settings.max_stream_s
             if stream.ended:
                 if silent_s > self._settings.keep_finished_s:
-                    del self._streams[stream.id]
-            elif stream.state == "open" and silent_s > self._settings.idle_timeout_s:
+                    self._forget(stream)
+            elif now_s - stream.begun_s > life_s or (stream.state == "open" and silent_s > idle_s):
                 work.append(self._expire(stream))
             elif now_s - stream.renewed_s > self._settings.lease_s / 3:
                 stream.renewed_s = now_s

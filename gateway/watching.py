@@ -104,10 +104,15 @@ class WatchedDecoding:
         *,
         kv_transfer: Mapping[str, Any] | None,
         request_id: str,
+        cache_salt: str | None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
         self._asked()
         answer = self._client.answer(
-            tokens, sampling, kv_transfer=kv_transfer, request_id=request_id
+            tokens,
+            sampling,
+            kv_transfer=kv_transfer,
+            request_id=request_id,
+            cache_salt=cache_salt,
         )
         async with _answer(answer, self._told) as events:
             yield events

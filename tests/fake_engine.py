@@ -43,7 +43,9 @@ class FakeCore:
     finished: dict[str, list[int]] = field(default_factory=dict)
     """The whole prompt of every answered id."""
 
-    async def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None) -> Status:
+    async def open(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+    ) -> Status:
         self.tokens[prompt_id] = list(tokens)
         return await self._done("open", prompt_id)
 

@@ -33,6 +33,8 @@ class Order:
         self.holders: list[Entry] = []
         self.partial_tokens = 0
         """What all partial requests together could compute now."""
+        self.tenants: dict[str, int] = {}
+        """Whose requests could compute something now, and how many."""
         self._entries: dict[str, Entry] = {}
         self._numbers = itertools.count()
         for view in views:
@@ -60,6 +62,7 @@ class Order:
         self._entries[view.request_id] = entry
         if view.remaining_tokens > 0:
             insort(self.ready, entry)
+            self.tenants[view.tenant] = self.tenants.get(view.tenant, 0) + 1
             if not view.full:
                 self.partial_tokens += view.remaining_tokens
         if view.held_blocks > 0:
@@ -74,6 +77,10 @@ class Order:
         view = entry[2]
         if view.remaining_tokens > 0:
             del self.ready[bisect_left(self.ready, entry)]
+            if self.tenants[view.tenant] == 1:
+                del self.tenants[view.tenant]
+            else:
+                self.tenants[view.tenant] -= 1
             if not view.full:
                 self.partial_tokens -= view.remaining_tokens
         if view.held_blocks > 0:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from engine_adapter.scheduling.fairness import Turns
 from engine_adapter.scheduling.order import Entry, Order
 from engine_adapter.scheduling.view import View
 
@@ -44,6 +45,7 @@ def plan(
     restore_s: Callable[[View, int], float] = lambda view, keep_blocks: (
         view.held_blocks - keep_blocks
     ),
+    turns: Turns | None = None,
 ) -> Plan:
     """Walk the requests in the order of the policy and grant while the step has room.
 
@@ -62,14 +64,16 @@ def plan(
             than it holds where it shares some. Asked only of victims.
         restore_s: what it would cost to give a request back what it holds behind its first blocks,
             whose number is the second argument.
+        turns: of tenants that compete, in place of the order alone; told what is granted. They
+            decide who computes; whose memory goes is a matter of the order as ever.
     """
     policy = order.policy
     speculative: int | None = None  # known at the first partial request
     prefill_tokens = 0
     grants: dict[str, int] = {}
-    purse = _Purse(order, free_blocks, freeable_blocks, restore_s)
+    purse = _Purse(order, free_blocks, freeable_blocks, restore_s, grants)
     evicted = purse.evictions
-    for entry in order.ready:
+    for entry in order.ready if turns is None else turns:
         view = entry[2]
         if view.request_id in evicted:  # has just lost its blocks
             continue
@@ -79,7 +83,10 @@ def plan(
             if speculative is None:
                 speculative = policy.speculative_tokens(prefill_tokens, order.partial_tokens)
             if speculative <= 0:
-                break
+                if turns is None:
+                    break
+                turns.no_more_partial()
+                continue
             if speculative < most:
                 most = speculative
         if view.remaining_tokens <= most:
@@ -87,7 +94,9 @@ def plan(
         elif full and not view.decoding:
             grant = min(most, policy.unfinished_tokens(prefill_tokens))
             if grant <= 0:
-                break
+                if turns is None:
+                    break
+                continue  # another tenant's may be short enough to share the step
         else:
             grant = most
         stays = running and full
@@ -101,6 +110,8 @@ def plan(
             continue
         purse.free_blocks -= missing
         grants[view.request_id] = grant
+        if turns is not None:
+            turns.granted(view, grant)
         budget_tokens -= grant
         if budget_tokens <= 0:
             break
@@ -146,6 +157,7 @@ class _Purse:
         free_blocks: int,
         freeable_blocks: Callable[[View], int],
         restore_s: Callable[[View, int], float],
+        grants: Mapping[str, int],
     ) -> None:
         self.free_blocks = free_blocks
         self.evictions: dict[str, Eviction] = {}
@@ -153,6 +165,7 @@ class _Purse:
         self._holders = order.holders
         self._freeable_blocks = freeable_blocks
         self._restore_s = restore_s
+        self._grants = grants
         self._asked = len(order.holders)  # by full requests: from here on there is nothing to take
         self._reach: float = math.inf
         """Blocks that the last partial request found, in vain; those after it find no more."""
@@ -226,9 +239,13 @@ class _Purse:
             (classes, victim_rank), _, victim = entry
             if not full and victim_rank <= rank:  # so are all before it in its class
                 at = bisect_left(self._holders, ((classes,),), 0, at)
-            elif (full or not victim.full) and victim.request_id not in self.evictions:
+            elif (full or not victim.full) and self._may_lose(victim.request_id):
                 offers.append(victim)
         return at, offers
+
+    def _may_lose(self, request_id: str) -> bool:
+        """Not who has lost, nor who computes in this step: by turns, one that ranks behind may."""
+        return request_id not in self.evictions and request_id not in self._grants
 
     def _cheapest_first(self, offers: list[View], lacking: int) -> list[View]:
         """Victims by what a block of theirs costs to restore."""

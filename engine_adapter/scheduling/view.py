@@ -31,5 +31,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Its tail blocks can be taken alone; otherwise a victim loses everything."""
     priority: int = 0
     """The engine's own request priority: lower goes first."""
+    tenant: str = ""
+    """Whose it is; tenants that compete take turns."""
     step_tokens: int = 1
     """Tokens that the engine computes in one full step."""

@@ -104,9 +104,11 @@ class SimulatedEngine:
         self.transfers = Transfers(self.hardware.transfer_s(self.model, BLOCK_TOKENS))
         self.scheduler._clock = lambda: self.now_s
 
-    def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None = None) -> Status:
+    def open(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None = None, weight: float = 1.0
+    ) -> Status:
         """Begin a prompt."""
-        return self.scheduler.open_prompt(prompt_id, tokens, cache_salt, self._hasher)
+        return self.scheduler.open_prompt(prompt_id, tokens, cache_salt, self._hasher, weight)
 
     def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
         """Replace what is behind the first `keep` tokens."""
@@ -115,10 +117,16 @@ class SimulatedEngine:
         return answer
 
     def finish(
-        self, request_id: str, tokens: list[int], prompt_id: str | None, max_tokens: int = 1
+        self,
+        request_id: str,
+        tokens: list[int],
+        prompt_id: str | None,
+        max_tokens: int = 1,
+        cache_salt: str | None = None,
     ) -> None:
         """Ask for an answer to the whole prompt, which an open prompt may have begun."""
-        self.ask(request_id, tokens, max_tokens, None if prompt_id is None else {ADOPT: prompt_id})
+        extra_args = None if prompt_id is None else {ADOPT: prompt_id}
+        self.ask(request_id, tokens, max_tokens, extra_args, cache_salt)
 
     def ask(
         self,

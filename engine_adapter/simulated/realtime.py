@@ -111,9 +111,9 @@ class RealTimeEngine:
     # Operations.
 
     def open(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
     ) -> asyncio.Future[Status]:
-        return self._call(lambda: self._engine.open(prompt_id, tokens, cache_salt))
+        return self._call(lambda: self._engine.open(prompt_id, tokens, cache_salt, weight))
 
     def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> asyncio.Future[Status]:
         return self._call(lambda: self._engine.extend(prompt_id, keep, tokens))

@@ -104,10 +104,11 @@ class VllmEngine:
         self._llm = llm
         self._defaults: dict[str, Any] = llm.model_config.get_diff_sampling_param()
 
-    async def open(self, prompt_id: str, tokens: list[int], cache_salt: str | None) -> Status:
-        return await self._call(
-            "open", {"prompt_id": prompt_id, "tokens": tokens, "cache_salt": cache_salt}
-        )
+    async def open(
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+    ) -> Status:
+        arguments = {"tokens": tokens, "cache_salt": cache_salt, "weight": weight}
+        return await self._call("open", {"prompt_id": prompt_id, **arguments})
 
     async def extend(self, prompt_id: str, keep: int, tokens: list[int]) -> Status:
         return await self._call("extend", {"prompt_id": prompt_id, "keep": keep, "tokens": tokens})

@@ -31,6 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling import policies
 from engine_adapter.scheduling.cost import CostModel
+from engine_adapter.scheduling.fairness import Present, Shares
 from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
@@ -81,6 +82,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._invalidated_tokens = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._endings = Endings()
+        self._shares = Shares()
+        self._present = Present()
         self._clock: Callable[[], float] = time.time
         settings = _settings(self.vllm_config)
         policy = policies.named(settings.get("policy", DEFAULT_POLICY))
@@ -95,12 +98,20 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     # Operations. Called between steps, on the thread of the engine's loop.
 
     def open_prompt(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None, hasher: BlockHasher | None
+        self,
+        prompt_id: str,
+        tokens: list[int],
+        cache_salt: str | None,
+        hasher: BlockHasher | None,
+        weight: float = 1.0,
     ) -> dict[str, int | str]:
-        """Begin a prompt; the caller has checked that the id is free."""
+        """Begin a prompt; the caller has checked that the id is free. The weight is that of all
+        requests with this salt."""
+        self._shares.weigh(cache_salt or "", weight)
         now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
         prompt = self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
+        self._present.put(prompt_id, cache_salt or "")
         self._views.put_prompt(prompt)
         self._replan = True
         return self.status(prompt_id)
@@ -147,6 +158,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._replan |= self._leases.end(prompt_id)
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
             self._withdraw(prompt)
+            self._present.discard(prompt_id)
             self._views.drop_prompt(prompt)
             self._release(prompt.request)
             self._replan = True
@@ -223,6 +235,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             if answers_version_before(request, prompt.reopened_version):
                 return  # nobody waits for it: its prompt was replaced while it was on its way
             del self._prompts[prompt.prompt_id]
+            self._present.discard(prompt.prompt_id)
             self._withdraw(prompt)
             self._views.drop_prompt(prompt)
             before = prompt.request.num_computed_tokens
@@ -238,6 +251,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_external_cached_tokens=0,
                 )
         self._endings.put(request)
+        self._present.put(request.request_id, request.cache_salt or "")
         self._views.touch(request)
         fetches = self._fetches(request, 0 if prompt is None else prompt.lost_tokens)
         super().add_request(request)
@@ -247,6 +261,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._endings.discard(request)
         self._views.drop(request)
+        self._present.discard(request.request_id)
         params = super()._free_request(request, *args, **kwargs)
         if request.request_id in self.requests:
             self._leases.put(request)
@@ -269,8 +284,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._replan = False
         self._take_in_loads()
         # Waiting requests that hold blocks must be governed even with no prompt open:
-        # vLLM alone never takes blocks from them, and they could wait for each other.
-        if not self._prompts and not self.kv_holding_waiting:
+        # vLLM alone never takes blocks from them, and they could wait for each other. So must those
+        # of several tenants, among whom vLLM knows no turns.
+        if not self._prompts and not self.kv_holding_waiting and not self._present.compete:
             return super().schedule(throttle_prefills)
         hidden = self._carry_out(self.decide())
         try:
@@ -324,20 +340,25 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     # Decide.
 
     def decide(self) -> Plan:
-        """What the next step is to compute, and whose KV goes for it; changes nothing."""
+        """What the next step is to compute, and whose KV goes for it."""
         self._views.refresh()
         partial = sum(
             prompt.request.status == RequestStatus.RUNNING for prompt in self._partial.values()
         )
-        return plan(
+        policy, turns = self._views.order.policy, self._shares.turns(self._views.order)
+        decided = plan(
             self._views.order,
-            budget_tokens=self._views.step_tokens,
+            budget_tokens=policy.budget_tokens(self._views.step_tokens, self._present.compete),
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             slots=self.max_num_active_reqs - (len(self.running) - partial),
             watermark_blocks=self.kv_cache_manager.watermark_blocks if self.running else 0,
             freeable_blocks=self._freeable_blocks,
             restore_s=self._restore_s,
+            turns=turns,
         )
+        if turns is not None:
+            self._shares.settle(turns)
+        return decided
 
     def _freeable_blocks(self, view: View) -> int:
         """Blocks that come free if everything is taken from a request."""
@@ -593,10 +614,12 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         if request is None:
             raise PromptFinished(f"the answer to prompt {prompt_id!r} has begun")
         self._endings.discard(request)
+        self._present.discard(request.request_id)
         self._views.drop(request)
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         prompt = OpenPrompt(prompt_id, request, request.arrival_time, self._clock(), scheduled=True)
         self._prompts[prompt_id] = self._partial[request.request_id] = prompt
+        self._present.put(prompt_id, request.cache_salt or "")
         self._views.put_prompt(prompt)
         return prompt
 

@@ -131,6 +131,7 @@ class Views:
             needed_blocks=self._tables.needed(tokens),
             running=running,
             divisible=self._tables.can_inherit,
+            tenant=request.cache_salt or "",
             step_tokens=step_tokens,
         )
 
@@ -166,5 +167,6 @@ class Views:
             decoding=decoding,
             running=running,
             priority=request.priority,
+            tenant=request.cache_salt or "",
             step_tokens=step_tokens,
         )

@@ -190,7 +190,7 @@ async def test_an_engine_in_use_is_not_calibrated(
 ) -> None:
     monkeypatch.setattr("engine_adapter.calibrate.IDLE_WITHIN_S", 0.1)
     engine = FakeEngine()
-    await engine.core.open("somebody's", [1, 2, 3], None)
+    await engine.core.open("somebody's", [1, 2, 3], None, 1.0)
     with pytest.raises(CannotCalibrate, match="in use: 0 running, 0 waiting, 1 open"):
         await calibrate(await serve(engine), Options(), print)
 

@@ -50,7 +50,7 @@ def test_events_since_any_snapshot_tell_what_the_cache_holds(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-        patch.setattr(_engine_config(model_dir, 0), "kv_events_config", config)
+        patch.setattr(_engine_config(model_dir, 0, False), "kv_events_config", config)
         history = History(model_dir, seed, blocks)
     told = published(history.engine)
     cache = history.engine.scheduler.prefix_cache
@@ -69,7 +69,7 @@ def test_events_since_any_snapshot_tell_what_the_cache_holds(
 def test_without_a_prefix_cache_there_are_no_blocks_to_tell_of(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = _engine_config(model_dir, 0)
+    config = _engine_config(model_dir, 0, False)
     monkeypatch.setattr(config.cache_config, "enable_prefix_caching", False)
     engine = Engine(model_dir, 20)
     with pytest.raises(BadOperation):

@@ -29,7 +29,7 @@ def cost_of(setup: Setup) -> CostModel:
 @pytest.fixture
 def started(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     def start(**settings: str) -> StreamScheduler:
-        config = _engine_config(model_dir, 0)
+        config = _engine_config(model_dir, 0, False)
         monkeypatch.setattr(config, "additional_config", {"stream2llm": settings})
         return Engine(model_dir, 20).scheduler
 

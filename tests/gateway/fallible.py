@@ -33,8 +33,11 @@ from engine_adapter.messages import (
 from gateway.engines import DecodeEngine, Engine
 from gateway.errors import EngineFailed
 from gateway.routing import Decision
+from gateway.tenants import Tenant
 
 MODEL = "fallible"
+TENANT = Tenant(name="acme", secret="ab" * 32, weight=2.0)
+"""Whose streams they are; every operation has to say so."""
 END = 0
 """The token that ends an answer."""
 WORDS = 40
@@ -237,6 +240,7 @@ class Prefill(Fallible):
 
     async def open(self, prompt_id: str, op: Open) -> Progress:
         self.must_live()
+        assert (op.cache_salt, op.weight) == (TENANT.cache_salt, TENANT.weight)
         assert prompt_id not in self.prompts
         self.prompts[prompt_id] = list(op.tokens)
         return self._progress(prompt_id)
@@ -329,7 +333,9 @@ class Decode(Fallible):
         *,
         kv_transfer: Mapping[str, Any] | None,
         request_id: str,
+        cache_salt: str | None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
+        assert cache_salt == TENANT.cache_salt
         async with aclosing(self._answer(list(tokens), sampling, kv_transfer)) as told:
             yield told
 

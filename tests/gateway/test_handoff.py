@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
 from gateway import course
+from gateway.accounts import Account
 from gateway.handoff import Handoff, Rule, Situation, decide
 from gateway.prompt import Document, Prompt
 from gateway.requests import Options
 from gateway.stream import Stream
 from gateway.telemetry import Metrics
 from tests.conftest import until
-from tests.gateway.fallible import MODEL, Decode, Failure, Prefill, World, answer
+from tests.gateway.fallible import MODEL, TENANT, Decode, Failure, Prefill, World, answer
 
 PROMPT = Prompt((1, 2, 3), (4, 5))
 RULE = Rule(min_tokens=2, idle_tokens=-1, timeout_s=0.05)
@@ -60,6 +61,7 @@ def stream_in(world: World, rule: Rule = RULE) -> Stream:
     metrics = Metrics()
     stream = Stream(
         "st-1",
+        Account(TENANT),
         MODEL,
         PROMPT,
         options=Options(),

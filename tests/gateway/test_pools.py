@@ -189,6 +189,7 @@ class FakeDecoding:
         *,
         kv_transfer: Mapping[str, Any] | None,
         request_id: str,
+        cache_salt: str | None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
         async def events() -> AsyncIterator[Event]:
             yield TokenEvent(token_ids=[1], text="a")
@@ -207,10 +208,12 @@ class FakeDecoding:
 class NothingHeld:
     """Knows of no prefixes."""
 
-    async def held(self, engines: Sequence[Any], tokens: Sequence[int]) -> Mapping[str, int]:
+    async def held(
+        self, engines: Sequence[Any], tokens: Sequence[int], salt: str | None
+    ) -> Mapping[str, int]:
         return {}
 
-    def sent(self, engine: Any, tokens: Sequence[int]) -> None:
+    def sent(self, engine: Any, tokens: Sequence[int], salt: str | None) -> None:
         """Forgotten."""
 
 
@@ -262,7 +265,9 @@ async def test_a_decode_engine_that_breaks_off_is_ejected() -> None:
         engine = engines.choose(MODEL, 1, set())
 
         async def answer() -> list[Event]:
-            asked = engine.client.answer([1], Sampling(), kv_transfer=None, request_id="1")
+            asked = engine.client.answer(
+                [1], Sampling(), kv_transfer=None, request_id="1", cache_salt=None
+            )
             async with asked as events:
                 return [event async for event in events]
 

@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from engine_adapter.messages import DoneEvent
 from gateway.errors import GatewayError
 from gateway.telemetry import Metrics
+from gateway.tenants import EVERYBODY
 from gateway.tracing import tracer
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ OPERATION, PROVIDER = "chat", "stream2llm"
 """In the words of OpenTelemetry's GenAI conventions."""
 
 
-def account_of(stream: Stream, answering: Answering) -> Account:
+def ending_of(stream: Stream, answering: Answering) -> Ending:
     """Of a stream that has just ended."""
-    return Account(
+    return Ending(
         stream_id=stream.id,
+        tenant=None if stream.tenant is EVERYBODY else stream.tenant.name,
         model=stream.model,
         state=stream.state,
         engine=None if stream.engine is None else stream.engine.url,
@@ -43,10 +45,12 @@ def account_of(stream: Stream, answering: Answering) -> Account:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class Ending:
     """One stream, ended."""
 
     stream_id: str
+    tenant: str | None
+    """None where there are none."""
     model: str
     state: str
     engine: str | None
@@ -76,6 +80,7 @@ class Account:
         done = self.done
         return {
             "stream_id": self.stream_id,
+            "tenant": self.tenant,
             "state": self.state,
             "model": self.model,
             "engine": self.engine,

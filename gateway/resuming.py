@@ -1,0 +1,165 @@
+"""Answers that outlive a broken connection: kept while somebody may come back for them.
+
+Only those whose `finish` had an `Idempotency-Key`; with any other the client's going is the end of
+the stream, within a second. An answer is kept for `resume_s` without a reader, then its stream is
+cancelled; one that is complete is kept as long as the stream can be looked up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
+from gateway.answers import Chunks, Whole, next_event, why_broken
+from gateway.chores import Chores
+from gateway.errors import AnswerGone, GatewayError
+from gateway.keeper import Moved
+from gateway.requests import Options
+from gateway.stream import Stream
+
+MAX_KEPT_BYTES = 4 << 20
+"""Of one answer; of a longer one the beginning is forgotten."""
+LOOK_S = 0.5
+"""How often it is checked that the stream has not ended otherwise."""
+
+
+class KeptAnswer:
+    """The answer of one stream as its readers get it: numbered events, or one body."""
+
+    def __init__(
+        self, stream: Stream, options: Options, *, key: str, digest: bytes, resume_s: float
+    ) -> None:
+        """
+        Args:
+            key, digest: of the request that asked for it.
+        """
+        self.key, self.digest = key, digest
+        self.whole = options.stream is False
+        """One body, no events."""
+        self._stream = stream
+        self._options = options
+        self._resume_s = resume_s
+        self._events: deque[bytes] = deque()
+        self._forgotten = 0  # events before the first of these
+        self._kept_bytes = 0
+        self._body: dict[str, Any] | None = None
+        self._error: GatewayError | None = None
+        self._ended = False
+        self._news = asyncio.Event()
+        self._readers = 0
+        self._chores = Chores()
+        self._leaving: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """The stream's input is closed: follow its answer."""
+        self._chores.begin(self._follow())
+
+    def break_off(self, error: GatewayError) -> None:
+        """There is no answer."""
+        self._error, self._ended = error, True
+        self._tell()
+
+    def stop(self) -> None:
+        """The gateway ends."""
+        self._chores.stop()
+        if self._leaving is not None:
+            self._leaving.cancel()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While somebody reads."""
+        self._readers += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if not self._readers and not self._ended:
+                loop = asyncio.get_running_loop()
+                self._leaving = loop.call_later(self._resume_s, self._abandon)
+
+    async def events(
+        self, after: int, heartbeat_s: float
+    ) -> AsyncGenerator[tuple[int, bytes] | None, None]:
+        """The events behind number `after`, each with its number; None where a sign of life is due.
+
+        Raises:
+            AnswerGone: they begin with one that is forgotten.
+        """
+        at = after + 1
+        while True:
+            news = self._news
+            if at < self._forgotten:
+                raise AnswerGone(f"the answer is kept from event {self._forgotten} on")
+            if at < self._forgotten + len(self._events):
+                yield at, self._events[at - self._forgotten]
+                at += 1
+            elif self._ended:
+                return
+            elif not await _heard(news, heartbeat_s):
+                yield None
+
+    async def body(self) -> dict[str, Any]:
+        """The whole answer.
+
+        Raises:
+            GatewayError: it broke off.
+        """
+        while not self._ended:
+            await self._news.wait()
+        if self._body is None:
+            raise self._error or why_broken(self._stream)
+        return self._body
+
+    async def _follow(self) -> None:
+        usage = self._options.stream_options
+        chunks = Chunks(self._stream, usage is not None and usage.include_usage)
+        whole = Whole(self._stream)
+        self._put(chunks.first())
+        while not self._ended:
+            event = await next_event(self._stream, LOOK_S)
+            if event is None:
+                continue
+            if self.whole and isinstance(event, TokenEvent):
+                whole.add(event)
+            elif self.whole and isinstance(event, DoneEvent):
+                self._body = whole.body(event)
+            else:
+                for part in chunks.of(event):
+                    self._put(part)
+            self._ended = isinstance(event, DoneEvent | ErrorEvent)
+        self._tell()
+
+    def _put(self, event: bytes) -> None:
+        self._events.append(event)
+        self._kept_bytes += len(event)
+        while self._kept_bytes > MAX_KEPT_BYTES:
+            self._kept_bytes -= len(self._events.popleft())
+            self._forgotten += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _abandon(self) -> None:
+        self._chores.say(self._cancelled())
+
+    async def _cancelled(self) -> None:
+        with suppress(Moved):
+            await self._stream.cancel()
+
+
+async def _heard(news: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await news.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,140 @@
+"""Requests that come twice under one Idempotency-Key."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from gateway.keys import MAKING, STREAMS
+from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
+
+WHOLE = {"stream": False}
+
+
+@pytest_asyncio.fixture(scope="module")
+async def running(
+    model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Gateway, dict[str, str]]]:
+    file = tmp_path_factory.mktemp("idempotency") / "tenants.toml"
+    keys = tenants_file(file, a="", b="")
+    async with gateway(model_dir, file) as at:
+        yield at, keys
+
+
+@pytest_asyncio.fixture
+async def http(running: tuple[Gateway, dict[str, str]]) -> AsyncIterator[httpx.AsyncClient]:
+    at, keys = running
+    async with at.client(keys["a"]) as client:
+        yield client
+
+
+def key() -> dict[str, str]:
+    return {"Idempotency-Key": str(uuid.uuid4())}
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+async def test_the_same_creation_gives_the_same_stream(http: httpx.AsyncClient) -> None:
+    headers = key()
+    first = await http.post("/v1/streams", json=BODY, headers=headers)
+    path = f"/v1/streams/{first.json()['id']}"
+    await http.post(path + "/chunks", json={"text": "x", "seq": 0})
+    again = await http.post("/v1/streams", json=BODY, headers=headers)
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json()["id"] == first.json()["id"]
+    assert again.json()["chunks"] == 1
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert "Idempotent-Replayed" not in first.headers
+
+
+async def test_many_at_once_make_one(
+    running: tuple[Gateway, dict[str, str]], http: httpx.AsyncClient
+) -> None:
+    before, headers = running[0].app[STREAMS]._alive, key()
+    made = await asyncio.gather(
+        *(http.post("/v1/streams", json=BODY, headers=headers) for _ in range(8))
+    )
+    assert len({r.json()["id"] for r in made if r.status_code == 201}) == 1
+    assert {r.status_code for r in made} <= {201, 409}
+    assert running[0].app[STREAMS]._alive == before + 1
+
+
+async def test_another_request_under_a_key_is_refused(http: httpx.AsyncClient) -> None:
+    headers = key()
+    await http.post("/v1/streams", json=BODY, headers=headers)
+    other = await http.post("/v1/streams", json=BODY | {"temperature": 0.5}, headers=headers)
+    assert code(other) == (422, "idempotency_key_reused")
+
+
+async def test_while_the_first_is_under_way_the_second_is_refused(
+    running: tuple[Gateway, dict[str, str]], http: httpx.AsyncClient
+) -> None:
+    headers = key()
+    stream_id = (await http.post("/v1/streams", json=BODY, headers=headers)).json()["id"]
+    running[0].app[MAKING].add(stream_id)
+    again = await http.post("/v1/streams", json=BODY, headers=headers)
+    running[0].app[MAKING].discard(stream_id)
+    assert code(again) == (409, "idempotency_key_in_use")
+
+
+async def test_a_creation_that_failed_leaves_its_key_free(http: httpx.AsyncClient) -> None:
+    headers = key()
+    refused = await http.post("/v1/streams", json=BODY | {"model": "other"}, headers=headers)
+    assert refused.status_code == 404
+    assert (await http.post("/v1/streams", json=BODY, headers=headers)).status_code == 201
+
+
+async def test_keys_are_the_tenants_own(
+    running: tuple[Gateway, dict[str, str]], http: httpx.AsyncClient
+) -> None:
+    at, keys = running
+    headers = key()
+    mine = await http.post("/v1/streams", json=BODY, headers=headers)
+    async with at.client(keys["b"]) as other:
+        theirs = await other.post("/v1/streams", json=BODY | {"seed": 1}, headers=headers)
+    assert theirs.status_code == 201
+    assert theirs.json()["id"] != mine.json()["id"]
+
+
+@pytest.mark.parametrize("value", ["", "x" * 256])
+async def test_a_key_has_a_length(http: httpx.AsyncClient, value: str) -> None:
+    response = await http.post("/v1/streams", json=BODY, headers={"Idempotency-Key": value})
+    assert response.status_code == 400
+
+
+async def test_finishing_twice_gives_the_same_answer(
+    running: tuple[Gateway, dict[str, str]], http: httpx.AsyncClient
+) -> None:
+    headers = key()
+    stream_id = (await http.post("/v1/streams", json=BODY)).json()["id"]
+    path = f"/v1/streams/{stream_id}/finish"
+    running[0].engine.core.prefill_s = lambda tokens: 0.3
+    try:
+        answers = await asyncio.gather(
+            *(http.post(path, json=WHOLE, headers=headers) for _ in range(3))
+        )
+    finally:
+        running[0].engine.core.prefill_s = lambda tokens: 0.0
+    answers.append(await http.post(path, json=WHOLE, headers=headers))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.text for answer in answers}) == 1
+    assert answers[0].json()["choices"][0]["message"]["content"] == "answer"
+    other = await http.post(path, json=WHOLE | {"max_tokens": 3}, headers=headers)
+    assert code(other) == (422, "idempotency_key_reused")
+    assert code(await http.post(path, json=WHOLE, headers=key())) == (409, "input_closed")
+
+
+async def test_a_finish_that_failed_leaves_its_key_free(http: httpx.AsyncClient) -> None:
+    headers = key()
+    path = f"/v1/streams/{(await http.post('/v1/streams', json=BODY)).json()['id']}/finish"
+    long = await http.post(path, json=WHOLE | {"max_tokens": 10_000_000}, headers=headers)
+    assert code(long) == (400, "context_length_exceeded")
+    assert (await http.post(path, json=WHOLE, headers=headers)).status_code == 200
