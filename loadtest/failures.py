@@ -4,9 +4,10 @@ Two prefill engines and a decode engine behind a gateway. In each run a few stre
 their chunks and are answered, and a failure comes at a random moment of that:
 
 - `kill prefill`, `kill decode`: `kill -9` of the engine, and a new one at the same address.
-- `stop prefill`: the processes of the prefill engines stand still for a while, also while the
-  other engine fetches KV from them: a transfer that fails.
-- `stop decode`: those of the decode engine do, for longer than the lease of the KV that waits.
+- `stop prefill`: the processes of a prefill engine stand still for a while, also while the other
+  engine fetches KV from it: a transfer that fails.
+- `stop decode`: those of the decode engine do, for longer than the lease of the KV that waits, so
+  that it reads what is not there any more.
 - `leave`: the clients go away.
 
 Each answer is to be what the same prompt gets without a failure, token for token where it is
@@ -14,7 +15,7 @@ greedy; one whose sampling can't be repeated may instead end with an error event
 within `ERROR_WITHIN_S`. `hung`: not ended within `--patience` seconds. After each run no engine may
 hold KV.
 
-`make bench-failures`; the last line is a JSON object.
+`make bench-failures`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -42,9 +44,12 @@ from deploy.nursery import Nursery
 from gateway.client import Client, StreamError
 from loadtest.report import machine, p50_p95_p99, slashed, vllm_version
 
-LEASE_S = 6
+LEASE_S = 3
 """Of KV that waits for the decode engine."""
-STOPPED_S = 9.0
+FETCH_S = 6
+"""How long the gateway lets the decode engine wait for it."""
+PREFILL_STOPPED_S, DECODE_STOPPED_S = 9.0, 5.0
+"""Longer than a fetch may take; longer than the lease, and not so long."""
 ERROR_WITHIN_S = 2.0
 FREED_WITHIN_S = 20.0
 LEFT_WITHIN_S = 1.0
@@ -104,7 +109,8 @@ class Bed:
         urls = [server.url for server in self.prefill]
         self.front = running.enter_context(
             gateway(urls, ["--decode-engine", self.decode.url, "--handoff-min-tokens", "1",
-                           "--handoff-idle-tokens", "0", "--poll-s", "0.5"])
+                           "--handoff-idle-tokens", "-1", "--handoff-timeout-s", str(FETCH_S),
+                           "--poll-s", "0.5", "--poll-timeout-s", "3"])
         )  # fmt: skip
         self.whole = running.enter_context(gateway(urls[:1]))
         for front in (self.front, self.whole):
@@ -169,22 +175,22 @@ class Failing:
         await self._killed(self._bed.decode)
 
     async def stop_prefill(self) -> None:
-        await self._stopped(self._bed.prefill)
+        await self._stopped(self._rng.choice(self._bed.prefill), PREFILL_STOPPED_S)
 
     async def stop_decode(self) -> None:
-        await self._stopped([self._bed.decode])
+        await self._stopped(self._bed.decode, DECODE_STOPPED_S)
 
     async def _killed(self, server: Server) -> None:
         await asyncio.to_thread(server.kill)
         server.start()
         await asyncio.to_thread(server.wait_ready, 120)
 
-    async def _stopped(self, servers: list[Server]) -> None:
-        processes = [p for server in servers for p in family(server)]
+    async def _stopped(self, server: Server, stopped_s: float) -> None:
+        processes = family(server)
         for process in processes:
             os.kill(process, signal.SIGSTOP)
         try:
-            await asyncio.sleep(STOPPED_S)
+            await asyncio.sleep(stopped_s)
         finally:
             for process in processes:
                 with suppress(ProcessLookupError):
@@ -306,6 +312,8 @@ async def idle(http: httpx.AsyncClient, server: Server) -> bool:
     return used == 0 and (info.status_code != 200 or info.json()["open_prompts"] == 0)
 
 
+COUNTED = ("stream2llm_handoffs_total{", "stream2llm_answers_resumed_total{")
+"""What the gateway itself counts of all this."""
 BUSY = ("vllm:kv_cache_usage_perc{", "vllm:num_requests_running{", "vllm:num_requests_waiting{")
 
 
@@ -329,6 +337,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=60.0, help="seconds for an answer")
     parser.add_argument("--failures", default=",".join(FAILURES))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for every run's figures")
     options = parser.parse_args()
     print(
         f"{machine()}, {vllm_version()}, {MODEL_NAME}, float32; seeds {options.seed}.."
@@ -338,7 +347,9 @@ def main() -> int:
     with ExitStack() as running:
         bed = Bed(running)
         runs, troubles = asyncio.run(inject(bed, options))
+        told = httpx.get(bed.front.url + "/metrics", trust_env=False).text
     report(runs, troubles, options)
+    print("\n".join(line for line in told.splitlines() if line.startswith(COUNTED)))
     return 1 if troubles else 0
 
 
@@ -363,7 +374,7 @@ async def inject(bed: Bed, options: argparse.Namespace) -> tuple[list[Run], list
 
 
 def report(runs: list[Run], troubles: list[str], options: argparse.Namespace) -> None:
-    """Print the table, and the JSON object as the last line."""
+    """Print the table."""
     print(f"\n{'':14}{'runs':>6}{'streams':>9}{'begun':>7}{'answered':>10}{'broken':>8}{'hung':>6}"
           f"{'KV back P50/95/99, s':>24}")  # fmt: skip
     for failure in options.failures.split(","):
@@ -375,8 +386,9 @@ def report(runs: list[Run], troubles: list[str], options: argparse.Namespace) ->
               f"{ended['answered']:>10}{ended['broken']:>8}{ended['hung']:>6}"
               f"{slashed(p50_p95_p99([r.back_s for r in mine]), 2):>24}")  # fmt: skip
     print(f"\nnot as it should be: {len(troubles)}")
-    print(json.dumps({"benchmark": "failures", "runs": [asdict(r) for r in runs],
-                      "troubles": troubles}))  # fmt: skip
+    if options.json is not None:
+        found = {"benchmark": "failures", "runs": list(map(asdict, runs)), "troubles": troubles}
+        options.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
