@@ -175,7 +175,7 @@ async def test_they_say_what_they_are(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 95, 96, 97, 300])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 96, 300])
 async def test_the_answer_is_that_of_a_single_engine(
     pair: Pair, length: int, sampling: Sampling
 ) -> None:
