@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from typing import Any, Generic, Protocol, TypeVar
 
 from engine_adapter.answers import Answer
-from engine_adapter.errors import BadOperation
+from engine_adapter.errors import BadOperation, EngineError
 from engine_adapter.messages import (
     PROTOCOL_VERSION,
     Blocks,
@@ -34,6 +35,8 @@ OPERATIONS = [
     *("open", "extend", "invalidate", "finish", "abort", "status", "tokens"),
     *("info", "policy", "blocks"),
 ]
+
+logger = logging.getLogger("vllm.stream2llm")
 
 LEASE_SWEEP_S = 0.5
 
@@ -119,8 +122,11 @@ class StreamingPrompts(Generic[P]):
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(LEASE_SWEEP_S)
-            await self.sessions.expire(time.monotonic())
-            await self.sessions.look_after_handed_over()
+            try:
+                await self.sessions.expire(time.monotonic())
+                await self.sessions.look_after_handed_over()
+            except EngineError as e:  # the engine may answer again
+                logger.warning("leases could not be looked after: %s", e)
 
     async def stop(self) -> None:
         """End what `start` has begun."""
@@ -198,7 +204,8 @@ class StreamingPrompts(Generic[P]):
         try:
             async with aclosing(answer.events(generate)) as events:
                 async for event in events:
-                    session.handed_over = isinstance(event, DoneEvent) and bool(event.kv_transfer)
+                    if isinstance(event, DoneEvent) and event.kv_transfer:
+                        session.handed_over = session.kv_waits = True
                     yield event
         finally:
             self._answers.pop(prompt_id, None)

@@ -106,6 +106,8 @@ class Session:
     """The operation that made this version, if that was no `open` or `finish`."""
     handed_over: bool = False
     """Its answer goes on at another engine, which fetches the KV."""
+    kv_waits: bool = False
+    """That has not come to an end yet, as far as is known here."""
 
     @property
     def finished(self) -> bool:
@@ -251,14 +253,16 @@ class Sessions:
         while True:
             found = await self._core.handed_over(session.prompt_id, forget=False)
             state = found.get("state", "expired")
+            session.kv_waits = state == "handed_over"
             if state != "handed_over" or time.monotonic() > deadline_s:
                 return {"state": state, "length": len(session.read or ()), "computed": 0}
             await asyncio.sleep(WORD_S / 20)
 
     async def look_after_handed_over(self) -> None:
         """Let an idle engine hear whose KV was fetched, and give it back."""
-        waiting = [s.prompt_id for s in self._sessions.values() if s.handed_over]
-        await asyncio.gather(*(self._core.handed_over(i, forget=False) for i in waiting))
+        for session in [s for s in self._sessions.values() if s.kv_waits]:
+            found = await self._core.handed_over(session.prompt_id, forget=False)
+            session.kv_waits = found.get("state") == "handed_over"
 
     async def tokens(self, prompt_id: str) -> PromptTokens:
         """What the engine has of a prompt; renews its lease.

@@ -194,6 +194,7 @@ class Course:
             raise KvLost(f"nobody says whether the KV was still there: {e}") from e
         if state != "fetched":
             raise KvLost(f"the KV was {state!r} when it was read")
+        self._forget()
 
     # When it breaks off.
 
@@ -287,6 +288,10 @@ class Course:
         self.handoff = replace(self.handoff, decode_engine=engine.url)
         self._decoder = engine
         request_id = f"{self._line.prompt_id}-decode-{next(self._numbers)}"
+        salt = self._line.tenant.cache_salt
+        if kv_transfer is not None:
+            # Should it read what is not there any more, no other prompt may find that in its cache.
+            salt = f"{salt or ''}:{request_id}"
         engine.streams += 1
         try:
             async with engine.client.answer(
@@ -294,7 +299,7 @@ class Course:
                 sampling,
                 kv_transfer=kv_transfer,
                 request_id=request_id,
-                cache_salt=self._line.tenant.cache_salt,
+                cache_salt=salt,
             ) as events:
                 yield events
         finally:
@@ -341,6 +346,8 @@ class Course:
                     self._pass_on(account.take(event))
         except TimeoutError as e:
             if done is None:
+                if fetching and not self._lost:
+                    raise KvLost("the KV did not come in time") from e
                 raise EngineUnavailable("the engine is gone or has stalled") from e
         finally:
             self._limit = None

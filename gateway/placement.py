@@ -95,7 +95,8 @@ class Engines:
         most = self.pool.most_streams
         if most is None:
             return
-        unplaced = alive - sum(engine.streams for engine in self.all if engine.serves(model))
+        placed = sum(engine.streams for engine in self.pool.members if engine.serves(model))
+        unplaced = alive - placed
         room = sum(max(most - engine.load, 0) for engine in fit)
         if room <= max(unplaced, 0):
             raise Overloaded(f"every engine of {model!r} has as many streams as it may")

@@ -310,20 +310,25 @@ class Pool:
                        "" if error is None else f", since {error}")  # fmt: skip
         if engine.health.state == "ejected":
             self._metrics.ejections.labels(engine.url).inc()
-            self._callbacks.left(engine, False)
+            if self._has_other(engine):
+                self._callbacks.left(engine, False)
         self._show(engine)
+
+    def _has_other(self, engine: AnyEngine) -> bool:
+        """Whether its streams could go on elsewhere: if not, they are best off where they are."""
+        info = engine.info
+        return info is not None and any(
+            other is not engine and other.takes and other.serves(info.model)
+            for other in self.members
+            if other.role != "decode"
+        )
 
     @contextmanager
     def passing(self, engine: Engine) -> Iterator[None]:
-        """While a request is passed through to an engine, which is told of no other way."""
+        """While a request is passed through to an engine."""
         engine.passing += 1
         try:
             yield
-        except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as e:
-            self.told(engine, EngineUnavailable(str(e)))
-            raise
-        else:
-            self.told(engine, None)
         finally:
             engine.passing -= 1
 

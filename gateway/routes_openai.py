@@ -10,6 +10,7 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
+from engine_adapter.errors import EngineUnavailable
 from gateway.bodies import read_body
 from gateway.errors import BadRequest, EngineFailed
 from gateway.identity import tenant_of
@@ -92,17 +93,21 @@ async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
     timeout, tokens = aiohttp.ClientTimeout(total=None, connect=5.0), PassedTokens(body)
     try:
         with engines.pool.passing(engine):
-            async with request.app[SESSION].request(
-                request.method,
-                engine.url + request.path_qs,
-                data=body or None,
-                headers=_headers(request),
-                timeout=timeout,
-                allow_redirects=False,
-            ) as answer:
+            try:
+                answer = await request.app[SESSION].request(
+                    request.method,
+                    engine.url + request.path_qs,
+                    data=body or None,
+                    headers=_headers(request),
+                    timeout=timeout,
+                    allow_redirects=False,
+                )
+            except (aiohttp.ClientError, TimeoutError) as e:
+                engines.pool.told(engine, EngineUnavailable(str(e)))
+                raise EngineFailed(f"the engine can't be reached: {e}") from e
+            engines.pool.told(engine, None)
+            async with answer:
                 return await relay(request, answer, seen=tokens.see)
-    except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as e:
-        raise EngineFailed(f"the engine can't be reached: {e}") from e
     finally:
         account_of(request).spend(tokens.total)
 

@@ -488,7 +488,9 @@ class Stream:
             self._free(engine, prompt_id)
         except Exception:  # a stream whose task has died would wait for ever
             logger.exception("stream %s failed", self.id)
+            engine, prompt_id = self.line.engine, self.line.prompt_id
             self.fail(GatewayError("the gateway failed"))
+            self._free(engine, prompt_id)
 
     def _pass_on(self, event: Event) -> None:
         self.touched_s = time.monotonic()

@@ -335,7 +335,11 @@ class Decode(Fallible):
         request_id: str,
         cache_salt: str | None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
-        assert cache_salt == TENANT.cache_salt
+        if kv_transfer is None:
+            assert cache_salt == TENANT.cache_salt
+        else:
+            assert cache_salt is not None
+            assert cache_salt.startswith(f"{TENANT.cache_salt}:")
         async with aclosing(self._answer(list(tokens), sampling, kv_transfer)) as told:
             yield told
 
