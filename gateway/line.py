@@ -169,16 +169,19 @@ class Line:
         """
         async with self._bringing:
             for attempt in range(MAX_ATTEMPTS):
+                prompt_id = self.prompt_id
                 try:
                     if self.engine is None:
                         self.connect(*await self._placer.place(wanted, self._avoid))
+                    prompt_id = self.prompt_id
                     await self._send(wanted)
                     self._avoid.clear()
                     return
                 except EngineError as e:
                     if attempt == MAX_ATTEMPTS - 1:
                         raise
-                    await self._recover(e)
+                    if prompt_id == self.prompt_id:  # else somebody has recovered from it
+                        await self._recover(e)
 
     async def answer(
         self, wanted: list[int], tail: Sequence[int], how: Callable[[Engine], Asked]
@@ -193,10 +196,11 @@ class Line:
             Moved: another replica has taken the stream over.
         """
         for attempt in range(MAX_ATTEMPTS):
-            begun = False
+            begun, prompt_id = False, self.prompt_id
             try:
                 if self._sent is None:
                     await self.bring(wanted)
+                prompt_id = self.prompt_id
                 async with aclosing(self._finish([*wanted, *tail], how)) as events:
                     async for event in events:
                         begun = True
@@ -208,7 +212,8 @@ class Line:
                 if self._bringing.locked():  # it overtook an operation: that one comes first
                     async with self._bringing:
                         continue
-                await self._recover(e)
+                if prompt_id == self.prompt_id:
+                    await self._recover(e)
 
     async def _send(self, wanted: list[int]) -> None:
         """One operation."""

@@ -294,20 +294,27 @@ async def idle_after(bed: Bed, since_s: float) -> float:
     """Seconds until the engines hold nothing and the gateway has no stream; -1 if that does not
     come."""
     async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
+        busy = bed.engines
         while (waited_s := time.monotonic() - since_s) < FREED_WITHIN_S:
             with suppress(httpx.TransportError):
-                if all([await idle(http, server) for server in bed.engines]):
+                busy = [server for server in busy if not await idle(http, server)]
+                if not busy:
                     return waited_s
             await asyncio.sleep(0.05)
+        for server in busy:
+            print(f"  still busy: {server.url}: {await told(http, server)}", flush=True)
     return -1.0
+
+
+async def told(http: httpx.AsyncClient, server: Server) -> list[str]:
+    """What an engine says of its load."""
+    metrics = (await http.get(server.url + "/metrics")).text
+    return [line for line in metrics.splitlines() if line.startswith(BUSY)]
 
 
 async def idle(http: httpx.AsyncClient, server: Server) -> bool:
     """Whether an engine has no request, no open prompt and no KV that anybody holds."""
-    metrics = (await http.get(server.url + "/metrics")).text
-    used = sum(
-        float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(BUSY)
-    )
+    used = sum(float(line.rsplit(" ", 1)[1]) for line in await told(http, server))
     info = await http.get(server.url + "/stream2llm/info")
     return used == 0 and (info.status_code != 200 or info.json()["open_prompts"] == 0)
 

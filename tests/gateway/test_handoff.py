@@ -164,6 +164,17 @@ async def test_an_idle_engine_decodes_itself() -> None:
 # The usual course.
 
 
+async def test_nothing_is_told_of_an_answer_from_kv_that_was_given_up() -> None:
+    """The decode engine has read memory that may have been written to since, and cannot know."""
+    world = World([Prefill("p")], [Decode("d")])
+    world.prefill[0].kept = "expired"
+    found, stream = await answered(world, GREEDY)
+    assert found == whole(GREEDY.sampling())
+    assert stream.course is not None
+    assert stream.course.handoff == Handoff(True, "busy_engine", "http://d", resumed=1)
+    assert world.decode[0].fetched == 1
+
+
 async def test_an_answer_is_handed_over() -> None:
     world = World([Prefill("p")], [Decode("d")])
     found, stream = await answered(world, GREEDY)
