@@ -14,7 +14,7 @@ bench-sim bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
     bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
-    bench-failures report workload clean
+    bench-pools bench-failures report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -78,6 +78,12 @@ bench-policies: model ## the policies on the real engine, beside stock vLLM, whe
 
 bench-disagg: model ## ways to read a prompt that still arrives: waiting, warming, streaming
 	@$(BIN)/python -m loadtest.bench_disagg
+
+bench-pools: model ## two prefill engines and a decode engine beside one engine on the same cores
+	@$(BIN)/python -m loadtest.bench_pools
+
+bench-failures: model ## engines killed and stopped, clients gone, 30 times each: what becomes of answers
+	@$(BIN)/python -m loadtest.failures
 
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan

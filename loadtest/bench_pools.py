@@ -13,7 +13,7 @@ another.
 TTFT: from the end of the input to the first token. ITL: between tokens of one answer. `differ`:
 answers that are not those of the one engine, token for token (greedy, float32).
 
-`make bench-disagg`; the last line is a JSON object.
+`make bench-pools`; the last line is a JSON object.
 """
 
 from __future__ import annotations
