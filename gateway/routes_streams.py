@@ -26,13 +26,14 @@ from gateway.errors import (
     Conflict,
     GatewayError,
     InputClosed,
+    KeyInUse,
     RetrievalUnderWay,
     UnknownDocument,
 )
 from gateway.holding import on_stream
 from gateway.identity import is_forwarded, tenant_of
 from gateway.keeper import Moved
-from gateway.keys import ENGINES, LOAD, MAKING, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.keys import ENGINES, LOAD, METRICS, RETRIEVALS, SETTINGS, STREAMS
 from gateway.limits import account_of, admit, body_limit, chunk_limit
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
@@ -71,23 +72,20 @@ async def create(request: web.Request) -> web.StreamResponse:
 async def _create_once(request: web.Request, body: bytes, key: str) -> web.Response:
     """The stream of an idempotency key, made by the first request with it."""
     stream_id, asked = idempotency.stream_id(request, key), idempotency.digest(body)
-    found = await idempotency.made_before(request, stream_id, asked)
-    if found is not None:
-        if isinstance(found, Stream):
-            told = await _describe(found)
-        else:
-            told = _recorded(stream_id, found)
-        response = _json(told, 201)
-        response.headers[idempotency.REPLAYED] = "true"
-        return response
-    making = request.app[MAKING]
-    making.add(stream_id)
-    try:
-        create = read(Create, body)
-        stream = await _open(request, create, kept=True, stream_id=stream_id, asked=asked)
-    finally:
-        making.discard(stream_id)
-    return _json(await _describe(stream), 201)
+    with idempotency.making(request.app, stream_id):
+        found = await idempotency.made_before(request, stream_id, asked)
+        if found is None:
+            create = read(Create, body)
+            try:
+                stream = await _open(request, create, kept=True, stream_id=stream_id, asked=asked)
+            except Moved as e:
+                raise KeyInUse("another replica makes the stream of this key") from e
+    if found is None:
+        return _json(await _describe(stream), 201)
+    told = await _describe(found) if isinstance(found, Stream) else _recorded(stream_id, found)
+    response = _json(told, 201)
+    response.headers[idempotency.REPLAYED] = "true"
+    return response
 
 
 @on_stream(chunk_limit, repeatable=lambda body: read(ChunkPost, body).seq is not None)
@@ -229,6 +227,7 @@ async def _open(
 
     Raises:
         BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
+        Moved: another replica has made it, under the same key.
     """
     app, tenant = request.app, tenant_of(request)
     app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))
@@ -253,7 +252,7 @@ async def _open(
                 stream, plan, builder.document, _room(stream, placer.max_model_len)
             )
     except BaseException:
-        await stream.cancel()
+        await (stream.cancel() if stream_id is None else app[STREAMS].unmake(stream))
         raise
     return stream
 
