@@ -127,46 +127,61 @@ async def _finish_once(
     request: web.Request, stream: Stream, options: Options, key: str, asked: bytes
 ) -> web.StreamResponse:
     """The answer of an idempotency key: begun by the first request with it, and read by all."""
-    answers = request.app[STREAMS].answers
+    answers, last = request.app[STREAMS].answers, _last_event(request)
     answer = answers.get(stream.id)
     if answer is not None and answer.key == key:
         idempotency.must_be_same(answer.digest, asked)
     elif answer is not None:
         raise InputClosed("the stream was finished with another Idempotency-Key")
+    elif last is not None:  # of an answer that was given elsewhere: the rest of it is not here
+        raise AnswerGone("the answer is not kept here: ask for it without Last-Event-ID")
     else:
         resume_s = request.app[SETTINGS].now.resume_s
-        answer = KeptAnswer(stream, options, key=key, digest=asked, resume_s=resume_s)
+        answer = KeptAnswer(
+            stream, options, key=key, digest=asked, resume_s=resume_s,
+            refused=lambda answer: _refused(request.app, stream, answer),
+        )  # fmt: skip
         answers[stream.id] = answer
-        try:
-            if stream.retrieval is not None:
-                await stream.retrieval.ended()
-            await stream.finish(options)
-        except BaseException as e:  # what reads it already is told, and the key is free again
-            answers.pop(stream.id, None)
-            answer.break_off(e if isinstance(e, GatewayError) else GatewayError("not finished"))
-            raise
         answer.begin()
-    return await _read_kept(request, answer)
+    return await _read_kept(request, answer, last)
+
+
+def _refused(app: web.Application, stream: Stream, answer: KeptAnswer) -> None:
+    """The key of a `finish` that failed is free again."""
+    if app[STREAMS].answers.get(stream.id) is answer:
+        del app[STREAMS].answers[stream.id]
 
 
 @on_stream(body_limit)
 async def answer(request: web.Request, stream: Stream, body: bytes) -> web.StreamResponse:
     """The answer of a stream that was finished with an Idempotency-Key, or the rest of it."""
-    kept = request.app[STREAMS].answers.get(stream.id)
+    last, kept = _last_event(request), request.app[STREAMS].answers.get(stream.id)
     if kept is None:
         raise Conflict("there is no answer: finish the stream, with an Idempotency-Key")
-    return await _read_kept(request, kept)
+    return await _read_kept(request, kept, last)
 
 
-async def _read_kept(request: web.Request, answer: KeptAnswer) -> web.StreamResponse:
-    """Behind Last-Event-ID, if the client has a part already."""
+def _last_event(request: web.Request) -> int | None:
+    """The number of the last event that the client has, if it has any.
+
+    Raises:
+        BadRequest
+    """
     last = request.headers.get("Last-Event-ID", "")
-    if last and not (last.isdecimal() and len(last) < MAX_DIGITS):
+    if last and not (last.isascii() and last.isdecimal() and len(last) < MAX_DIGITS):
         raise BadRequest("Last-Event-ID is none of an answer's", param="Last-Event-ID")
+    return int(last) if last else None
+
+
+async def _read_kept(
+    request: web.Request, answer: KeptAnswer, last: int | None
+) -> web.StreamResponse:
+    """Behind the last event that the client has, if it has a part already."""
     with answer.reading():
+        await answer.closed()
         if answer.whole:
             return _json(await answer.body())
-        return await _kept_events(request, answer, int(last) if last else -1)
+        return await _kept_events(request, answer, -1 if last is None else last)
 
 
 async def _kept_events(request: web.Request, answer: KeptAnswer, after: int) -> web.StreamResponse:
@@ -177,7 +192,7 @@ async def _kept_events(request: web.Request, answer: KeptAnswer, after: int) -> 
                 if not response.prepared:
                     await response.prepare(request)
                 await response.write(HEARTBEAT if event is None else b"id: %d\n%b" % event)
-    except AnswerGone as e:  # it reads too slowly, or asks for what is long past
+    except GatewayError as e:  # it reads too slowly, asks for what is long past, or it broke off
         if not response.prepared:
             raise
         await response.write(sse(e.to_json()))
