@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -263,9 +264,9 @@ async def _open(
             stream.take(await _tokenized(app, stream, body.documents)())
         await stream.begin()
         if plan is not None:
-            stream.retrieval = app[RETRIEVALS].start(
-                stream, plan, builder.document, _room(stream, placer.max_model_len)
-            )
+            tokenize = partial(builder.document, salt=tenant.cache_salt)
+            room = _room(stream, placer.max_model_len)
+            stream.retrieval = app[RETRIEVALS].start(stream, plan, tokenize, room)
     except BaseException:
         await (stream.cancel() if stream_id is None else app[STREAMS].unmake(stream))
         raise
@@ -282,9 +283,9 @@ def _room(stream: Stream, max_model_len: int | None) -> int | None:
 
 def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
     async def documents() -> list[Document]:
-        builder = await builder_for(app, stream.model)
+        builder, salt = await builder_for(app, stream.model), stream.tenant.cache_salt
         with app[LOAD].tokenizing(sum(len(chunk.text) for chunk in chunks)):
-            return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
+            return [await builder.document(c.text, c.id, salt=salt) for c in chunks]
 
     return documents
 
@@ -302,10 +303,10 @@ def _known_or_tokenized(
         known: dict[str | None, Document] = {
             r.id: _known(stream, r.id) for r in ranked if r.text is None and r.id is not None
         }
-        builder = await builder_for(app, stream.model)
+        builder, salt = await builder_for(app, stream.model), stream.tenant.cache_salt
         with app[LOAD].tokenizing(sum(len(r.text or "") for r in ranked)):
             return [
-                known[r.id] if r.text is None else await builder.document(r.text, r.id)
+                known[r.id] if r.text is None else await builder.document(r.text, r.id, salt=salt)
                 for r in ranked
             ]
 
