@@ -20,7 +20,7 @@
      |   +- CollectionThere      409  there is one of that name
      |   +- EngineThere          409  the pool has that engine
      |   +- KeyInUse             409  the first request of an idempotency key is under way
-     +- AnswerGone               410  the beginning of a kept answer is forgotten
+     +- AnswerGone               410  of an answer that is not kept, or not that far back
      +- BodyTooLarge             413
      +- KeyReused                422  another request under the same idempotency key
      +- RetrievalFailed          424  no source has found anything

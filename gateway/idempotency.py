@@ -8,6 +8,8 @@ as a digest beside it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from aiohttp import web
 
@@ -31,8 +33,8 @@ def key_of(request: web.Request) -> str | None:
         BadRequest
     """
     key = request.headers.get(HEADER)
-    if key is not None and not 0 < len(key) <= MAX_KEY_CHARS:
-        raise BadRequest(f"{HEADER} has 1 to {MAX_KEY_CHARS} characters", param=HEADER)
+    if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isascii()):
+        raise BadRequest(f"{HEADER} has 1 to {MAX_KEY_CHARS} ASCII characters", param=HEADER)
     return key
 
 
@@ -41,19 +43,33 @@ def digest(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=16).digest()
 
 
+@contextmanager
+def making(app: web.Application, stream_id: str) -> Iterator[None]:
+    """While the stream of a key is looked for, and made if there is none.
+
+    Raises:
+        KeyInUse: another request does that.
+    """
+    under_way = app[MAKING]
+    if stream_id in under_way:
+        raise KeyInUse("the first request with this key is still under way")
+    under_way.add(stream_id)
+    try:
+        yield
+    finally:
+        under_way.discard(stream_id)
+
+
 async def made_before(
     request: web.Request, stream_id: str, asked: bytes
 ) -> Stream | StreamRecord | None:
     """What was made under the key of this id, here or at another replica.
 
     Raises:
-        KeyInUse: it is being made.
         KeyReused: something else was asked for.
         IndexAway
     """
     app = request.app
-    if stream_id in app[MAKING]:
-        raise KeyInUse("the first request with this key is still under way")
     found = app[STREAMS].find(stream_id)
     if found is not None:
         must_be_same(found.asked, asked)

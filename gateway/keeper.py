@@ -151,8 +151,16 @@ class Keeper:
         raise IndexUnavailable("the record changes under its holder's hands")
 
     def _must_be_ours(self, ledger: Ledger, found: Stale) -> None:
-        if found.epoch > ledger.epoch:
+        # In the same epoch: both have made it, under one idempotency key.
+        elsewhere = found.epoch == ledger.epoch and found.holder != self.replica
+        if found.epoch > ledger.epoch or elsewhere:
             raise Moved(found.holder) from found
+
+    async def forget(self, stream_id: str, ledger: Ledger) -> None:
+        """Take the record of a stream of this replica away, as far as the index can be told."""
+        async with ledger.lock:
+            with suppress(IndexUnavailable):
+                await self._guard.call(lambda: self._index.delete(stream_id, ledger.epoch))
 
     async def release(self, stream_id: str, ledger: Ledger) -> None:
         """Let nobody hold a stream: whoever is asked for it takes it over.

@@ -8,18 +8,21 @@ cancelled; one that is complete is kept as long as the stream can be looked up.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
 from gateway.answers import Chunks, Whole, next_event, why_broken
 from gateway.chores import Chores
-from gateway.errors import AnswerGone, GatewayError
+from gateway.errors import AnswerGone, Draining, GatewayError
 from gateway.keeper import Moved
 from gateway.requests import Options
 from gateway.stream import Stream
+
+logger = logging.getLogger(__name__)
 
 MAX_KEPT_BYTES = 4 << 20
 """Of one answer; of a longer one the beginning is forgotten."""
@@ -31,11 +34,19 @@ class KeptAnswer:
     """The answer of one stream as its readers get it: numbered events, or one body."""
 
     def __init__(
-        self, stream: Stream, options: Options, *, key: str, digest: bytes, resume_s: float
+        self,
+        stream: Stream,
+        options: Options,
+        *,
+        key: str,
+        digest: bytes,
+        resume_s: float,
+        refused: Callable[[KeptAnswer], None],
     ) -> None:
         """
         Args:
             key, digest: of the request that asked for it.
+            refused: called if the stream's input can't be closed, before its readers hear of it.
         """
         self.key, self.digest = key, digest
         self.whole = options.stream is False
@@ -47,7 +58,9 @@ class KeptAnswer:
         self._forgotten = 0  # events before the first of these
         self._kept_bytes = 0
         self._body: dict[str, Any] | None = None
-        self._error: GatewayError | None = None
+        self._error: GatewayError | Moved | None = None
+        self._refused = refused
+        self._closed = asyncio.Event()  # the stream's input, or there is an error
         self._ended = False
         self._news = asyncio.Event()
         self._readers = 0
@@ -55,13 +68,19 @@ class KeptAnswer:
         self._leaving: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """The stream's input is closed: follow its answer."""
-        self._chores.begin(self._follow())
+        """Finish the stream and follow its answer, whoever goes away meanwhile."""
+        self._chores.begin(self._run())
 
-    def break_off(self, error: GatewayError) -> None:
-        """There is no answer."""
-        self._error, self._ended = error, True
-        self._tell()
+    async def closed(self) -> None:
+        """Wait until the stream's input is closed.
+
+        Raises:
+            GatewayError: it can't be.
+            Moved: another replica holds the stream.
+        """
+        await self._closed.wait()
+        if self._error is not None:
+            raise self._error
 
     def stop(self) -> None:
         """The gateway ends."""
@@ -90,9 +109,12 @@ class KeptAnswer:
         """The events behind number `after`, each with its number; None where a sign of life is due.
 
         Raises:
-            AnswerGone: they begin with one that is forgotten.
+            AnswerGone: they begin with one that is forgotten, or that number is not this answer's.
+            GatewayError: it broke off.
         """
         at = after + 1
+        if at > self._forgotten + len(self._events):
+            raise AnswerGone(f"event {after} is none of this answer's")
         while True:
             news = self._news
             if at < self._forgotten:
@@ -101,6 +123,8 @@ class KeptAnswer:
                 yield at, self._events[at - self._forgotten]
                 at += 1
             elif self._ended:
+                if self._error is not None:
+                    raise self._error
                 return
             elif not await _heard(news, heartbeat_s):
                 yield None
@@ -116,6 +140,35 @@ class KeptAnswer:
         if self._body is None:
             raise self._error or why_broken(self._stream)
         return self._body
+
+    async def _run(self) -> None:
+        try:
+            await self._finish()
+            self._closed.set()
+            await self._follow()
+        except BaseException as e:  # its readers would wait for ever
+            self._break_off(e)
+            if not isinstance(e, GatewayError | Moved | asyncio.CancelledError):
+                logger.exception("the answer of stream %s failed", self._stream.id)
+                self._abandon()
+
+    async def _finish(self) -> None:
+        if self._stream.retrieval is not None:
+            await self._stream.retrieval.ended()
+        await self._stream.finish(self._options)
+
+    def _break_off(self, reason: BaseException) -> None:
+        if isinstance(reason, GatewayError | Moved):
+            self._error = reason
+        elif isinstance(reason, asyncio.CancelledError):
+            self._error = Draining("the gateway ends")
+        else:
+            self._error = GatewayError("the gateway failed")
+        self._ended = True
+        if not self._closed.is_set():
+            self._refused(self)
+            self._closed.set()
+        self._tell()
 
     async def _follow(self) -> None:
         usage = self._options.stream_options

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,13 +27,14 @@ from gateway.errors import (
     Conflict,
     GatewayError,
     InputClosed,
+    KeyInUse,
     RetrievalUnderWay,
     UnknownDocument,
 )
 from gateway.holding import on_stream
 from gateway.identity import is_forwarded, tenant_of
 from gateway.keeper import Moved
-from gateway.keys import ENGINES, LOAD, MAKING, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.keys import ENGINES, LOAD, METRICS, RETRIEVALS, SETTINGS, STREAMS
 from gateway.limits import account_of, admit, body_limit, chunk_limit
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
@@ -71,23 +73,20 @@ async def create(request: web.Request) -> web.StreamResponse:
 async def _create_once(request: web.Request, body: bytes, key: str) -> web.Response:
     """The stream of an idempotency key, made by the first request with it."""
     stream_id, asked = idempotency.stream_id(request, key), idempotency.digest(body)
-    found = await idempotency.made_before(request, stream_id, asked)
-    if found is not None:
-        if isinstance(found, Stream):
-            told = await _describe(found)
-        else:
-            told = _recorded(stream_id, found)
-        response = _json(told, 201)
-        response.headers[idempotency.REPLAYED] = "true"
-        return response
-    making = request.app[MAKING]
-    making.add(stream_id)
-    try:
-        create = read(Create, body)
-        stream = await _open(request, create, kept=True, stream_id=stream_id, asked=asked)
-    finally:
-        making.discard(stream_id)
-    return _json(await _describe(stream), 201)
+    with idempotency.making(request.app, stream_id):
+        found = await idempotency.made_before(request, stream_id, asked)
+        if found is None:
+            create = read(Create, body)
+            try:
+                stream = await _open(request, create, kept=True, stream_id=stream_id, asked=asked)
+            except Moved as e:
+                raise KeyInUse("another replica makes the stream of this key") from e
+    if found is None:
+        return _json(await _describe(stream), 201)
+    told = await _describe(found) if isinstance(found, Stream) else _recorded(stream_id, found)
+    response = _json(told, 201)
+    response.headers[idempotency.REPLAYED] = "true"
+    return response
 
 
 @on_stream(chunk_limit, repeatable=lambda body: read(ChunkPost, body).seq is not None)
@@ -129,46 +128,61 @@ async def _finish_once(
     request: web.Request, stream: Stream, options: Options, key: str, asked: bytes
 ) -> web.StreamResponse:
     """The answer of an idempotency key: begun by the first request with it, and read by all."""
-    answers = request.app[STREAMS].answers
+    answers, last = request.app[STREAMS].answers, _last_event(request)
     answer = answers.get(stream.id)
     if answer is not None and answer.key == key:
         idempotency.must_be_same(answer.digest, asked)
     elif answer is not None:
         raise InputClosed("the stream was finished with another Idempotency-Key")
+    elif last is not None:  # of an answer that was given elsewhere: the rest of it is not here
+        raise AnswerGone("the answer is not kept here: ask for it without Last-Event-ID")
     else:
         resume_s = request.app[SETTINGS].now.resume_s
-        answer = KeptAnswer(stream, options, key=key, digest=asked, resume_s=resume_s)
+        answer = KeptAnswer(
+            stream, options, key=key, digest=asked, resume_s=resume_s,
+            refused=lambda answer: _refused(request.app, stream, answer),
+        )  # fmt: skip
         answers[stream.id] = answer
-        try:
-            if stream.retrieval is not None:
-                await stream.retrieval.ended()
-            await stream.finish(options)
-        except BaseException as e:  # what reads it already is told, and the key is free again
-            answers.pop(stream.id, None)
-            answer.break_off(e if isinstance(e, GatewayError) else GatewayError("not finished"))
-            raise
         answer.begin()
-    return await _read_kept(request, answer)
+    return await _read_kept(request, answer, last)
+
+
+def _refused(app: web.Application, stream: Stream, answer: KeptAnswer) -> None:
+    """The key of a `finish` that failed is free again."""
+    if app[STREAMS].answers.get(stream.id) is answer:
+        del app[STREAMS].answers[stream.id]
 
 
 @on_stream(body_limit)
 async def answer(request: web.Request, stream: Stream, body: bytes) -> web.StreamResponse:
     """The answer of a stream that was finished with an Idempotency-Key, or the rest of it."""
-    kept = request.app[STREAMS].answers.get(stream.id)
+    last, kept = _last_event(request), request.app[STREAMS].answers.get(stream.id)
     if kept is None:
         raise Conflict("there is no answer: finish the stream, with an Idempotency-Key")
-    return await _read_kept(request, kept)
+    return await _read_kept(request, kept, last)
 
 
-async def _read_kept(request: web.Request, answer: KeptAnswer) -> web.StreamResponse:
-    """Behind Last-Event-ID, if the client has a part already."""
+def _last_event(request: web.Request) -> int | None:
+    """The number of the last event that the client has, if it has any.
+
+    Raises:
+        BadRequest
+    """
     last = request.headers.get("Last-Event-ID", "")
-    if last and not (last.isdecimal() and len(last) < MAX_DIGITS):
+    if last and not (last.isascii() and last.isdecimal() and len(last) < MAX_DIGITS):
         raise BadRequest("Last-Event-ID is none of an answer's", param="Last-Event-ID")
+    return int(last) if last else None
+
+
+async def _read_kept(
+    request: web.Request, answer: KeptAnswer, last: int | None
+) -> web.StreamResponse:
+    """Behind the last event that the client has, if it has a part already."""
     with answer.reading():
+        await answer.closed()
         if answer.whole:
             return _json(await answer.body())
-        return await _kept_events(request, answer, int(last) if last else -1)
+        return await _kept_events(request, answer, -1 if last is None else last)
 
 
 async def _kept_events(request: web.Request, answer: KeptAnswer, after: int) -> web.StreamResponse:
@@ -179,7 +193,7 @@ async def _kept_events(request: web.Request, answer: KeptAnswer, after: int) -> 
                 if not response.prepared:
                     await response.prepare(request)
                 await response.write(HEARTBEAT if event is None else b"id: %d\n%b" % event)
-    except AnswerGone as e:  # it reads too slowly, or asks for what is long past
+    except GatewayError as e:  # it reads too slowly, asks for what is long past, or it broke off
         if not response.prepared:
             raise
         await response.write(sse(e.to_json()))
@@ -229,6 +243,7 @@ async def _open(
 
     Raises:
         BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
+        Moved: another replica has made it, under the same key.
     """
     app, tenant = request.app, tenant_of(request)
     app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))
@@ -249,11 +264,11 @@ async def _open(
             stream.take(await _tokenized(app, stream, body.documents)())
         await stream.begin()
         if plan is not None:
-            stream.retrieval = app[RETRIEVALS].start(
-                stream, plan, builder.document, _room(stream, placer.max_model_len)
-            )
+            tokenize = partial(builder.document, salt=tenant.cache_salt)
+            room = _room(stream, placer.max_model_len)
+            stream.retrieval = app[RETRIEVALS].start(stream, plan, tokenize, room)
     except BaseException:
-        await stream.cancel()
+        await (stream.cancel() if stream_id is None else app[STREAMS].unmake(stream))
         raise
     return stream
 
@@ -268,9 +283,9 @@ def _room(stream: Stream, max_model_len: int | None) -> int | None:
 
 def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
     async def documents() -> list[Document]:
-        builder = await builder_for(app, stream.model)
+        builder, salt = await builder_for(app, stream.model), stream.tenant.cache_salt
         with app[LOAD].tokenizing(sum(len(chunk.text) for chunk in chunks)):
-            return [await builder.document(chunk.text, chunk.id) for chunk in chunks]
+            return [await builder.document(c.text, c.id, salt=salt) for c in chunks]
 
     return documents
 
@@ -288,10 +303,10 @@ def _known_or_tokenized(
         known: dict[str | None, Document] = {
             r.id: _known(stream, r.id) for r in ranked if r.text is None and r.id is not None
         }
-        builder = await builder_for(app, stream.model)
+        builder, salt = await builder_for(app, stream.model), stream.tenant.cache_salt
         with app[LOAD].tokenizing(sum(len(r.text or "") for r in ranked)):
             return [
-                known[r.id] if r.text is None else await builder.document(r.text, r.id)
+                known[r.id] if r.text is None else await builder.document(r.text, r.id, salt=salt)
                 for r in ranked
             ]
 

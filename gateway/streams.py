@@ -160,6 +160,13 @@ class Streams:
         self._metrics.open_streams.set(self._alive)
         return stream
 
+    async def unmake(self, stream: Stream) -> None:
+        """A creation under an idempotency key failed: leave nothing that the key could find."""
+        await stream.close()
+        if stream.state != "moved":
+            await self._keeper.forget(stream.id, stream.books.ledger)
+            self._moved(stream)
+
     def _rule(self) -> Rule:
         now = self._settings
         return Rule(now.handoff_min_tokens, now.handoff_idle_tokens, now.handoff_timeout_s)

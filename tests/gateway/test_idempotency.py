@@ -11,7 +11,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from gateway.keys import MAKING, STREAMS
+from cache_index.index import StreamRecord
+from gateway.keys import KEEPER, MAKING, STREAMS
+from gateway.prompt import Document, PromptBuilder
+from tests.conftest import until
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
 WHOLE = {"stream": False}
@@ -67,6 +70,30 @@ async def test_many_at_once_make_one(
     assert running[0].app[STREAMS]._alive == before + 1
 
 
+async def test_many_at_once_make_one_while_the_index_is_asked(
+    running: tuple[Gateway, dict[str, str]],
+    http: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keeper, before = running[0].app[KEEPER], running[0].app[STREAMS]._alive
+    find, asked = keeper.find, asyncio.Event()
+
+    async def slow(stream_id: str) -> StreamRecord | None:
+        await asked.wait()
+        return await find(stream_id)
+
+    monkeypatch.setattr(keeper, "find", slow)
+    headers = key()
+    asking = [
+        asyncio.create_task(http.post("/v1/streams", json=BODY, headers=headers)) for _ in range(3)
+    ]
+    await asyncio.wait(asking, timeout=1, return_when=asyncio.FIRST_COMPLETED)  # one is refused
+    asked.set()
+    made = await asyncio.gather(*asking)
+    assert sorted(r.status_code for r in made) in ([201, 409, 409], [201, 201, 409])
+    assert running[0].app[STREAMS]._alive == before + 1
+
+
 async def test_another_request_under_a_key_is_refused(http: httpx.AsyncClient) -> None:
     headers = key()
     await http.post("/v1/streams", json=BODY, headers=headers)
@@ -92,6 +119,46 @@ async def test_a_creation_that_failed_leaves_its_key_free(http: httpx.AsyncClien
     assert (await http.post("/v1/streams", json=BODY, headers=headers)).status_code == 201
 
 
+async def test_a_creation_that_failed_with_its_stream_leaves_its_key_free(
+    http: httpx.AsyncClient,
+) -> None:
+    headers, long = key(), BODY | {"max_tokens": 10_000_000}
+    for _ in range(2):
+        refused = await http.post("/v1/streams", json=long, headers=headers)
+        assert code(refused) == (400, "context_length_exceeded")
+    made = await http.post("/v1/streams", json=BODY, headers=headers)
+    assert (made.status_code, made.json()["state"]) == (201, "open")
+
+
+async def test_a_creation_that_was_cut_off_leaves_its_key_free(
+    running: tuple[Gateway, dict[str, str]],
+    http: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, headers = asyncio.Event(), key()
+    body = BODY | {"documents": [{"text": "x"}]}
+
+    async def never(*args: object, **options: object) -> Document:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptBuilder, "document", never)
+        first = asyncio.create_task(http.post("/v1/streams", json=body, headers=headers))
+        await begun.wait()
+        first.cancel()
+        await asyncio.wait({first})
+
+        async def over() -> bool:
+            return not running[0].app[MAKING]
+
+        await until(over, within_s=5)
+    made = await http.post("/v1/streams", json=body, headers=headers)
+    assert (made.status_code, made.json()["state"]) == (201, "open")
+    assert "Idempotent-Replayed" not in made.headers
+
+
 async def test_keys_are_the_tenants_own(
     running: tuple[Gateway, dict[str, str]], http: httpx.AsyncClient
 ) -> None:
@@ -104,9 +171,9 @@ async def test_keys_are_the_tenants_own(
     assert theirs.json()["id"] != mine.json()["id"]
 
 
-@pytest.mark.parametrize("value", ["", "x" * 256])
-async def test_a_key_has_a_length(http: httpx.AsyncClient, value: str) -> None:
-    response = await http.post("/v1/streams", json=BODY, headers={"Idempotency-Key": value})
+@pytest.mark.parametrize("value", [b"", b"x" * 256, b"\xff", "\u00e9".encode()])
+async def test_a_key_is_ascii_and_has_a_length(http: httpx.AsyncClient, value: bytes) -> None:
+    response = await http.post("/v1/streams", json=BODY, headers={b"Idempotency-Key": value})
     assert response.status_code == 400
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import pytest
 import pytest_asyncio
 
 from gateway import resuming
+from gateway.answers import Chunks, Whole
+from gateway.errors import EngineFailed
+from gateway.keys import KEEPER
+from gateway.record import Kept, Ledger
+from gateway.requests import Options
+from gateway.stream import Stream
 from tests.conftest import until
 from tests.gateway.tenancy import BODY, Gateway, gateway
 
@@ -105,6 +112,112 @@ async def test_a_number_that_is_none_is_refused(http: httpx.AsyncClient, last: s
     await http.post(path + "/finish", headers=KEY)
     response = await http.get(path + "/answer", headers={"Last-Event-ID": last})
     assert response.status_code == 400
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "9" * 5000])
+async def test_a_number_that_is_none_does_not_close_the_input(
+    http: httpx.AsyncClient, last: str
+) -> None:
+    path = await opened(http)
+    refused = await http.post(path + "/finish", headers=KEY | {"Last-Event-ID": last})
+    assert (refused.status_code, await state(http, path)) == (400, "open")
+
+
+async def test_the_rest_of_an_answer_that_was_given_elsewhere_is_not_made_up(
+    http: httpx.AsyncClient,
+) -> None:
+    path = await opened(http)
+    gone = await http.post(path + "/finish", headers=KEY | {"Last-Event-ID": "1"})
+    assert (gone.status_code, gone.json()["error"]["code"]) == (410, "answer_gone")
+    assert await state(http, path) == "open"
+    whole = await http.post(path + "/finish", headers=KEY)
+    assert events(whole.text)[0][0] == 0
+    beyond = {"Last-Event-ID": str(len(events(whole.text)))}
+    gone = await http.get(path + "/answer", headers=beyond)
+    assert (gone.status_code, gone.json()["error"]["code"]) == (410, "answer_gone")
+
+
+async def cut_off_while_it_is_written(
+    at: Gateway, http: httpx.AsyncClient, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finish, and hang up when the input is closed, but the index has not heard of it yet."""
+    keeper, writing, go_on = at.app[KEEPER], asyncio.Event(), asyncio.Event()
+    keep = keeper.keep
+
+    async def slow(stream_id: str, ledger: Ledger, now: Callable[[], Kept], *, renew: bool) -> None:
+        if now().state == "finishing":
+            writing.set()
+            await go_on.wait()
+        await keep(stream_id, ledger, now, renew=renew)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "keep", slow)
+        first = asyncio.create_task(http.post(path + "/finish", headers=KEY))
+        await writing.wait()
+        first.cancel()
+        await asyncio.wait({first})
+        await http.get(path)  # the gateway has heard of it too
+        go_on.set()
+
+
+async def test_a_finish_that_was_cut_off_while_it_is_written_has_its_answer_kept(
+    at: Gateway, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = await opened(http)
+    await cut_off_while_it_is_written(at, http, path, monkeypatch)
+    again = await http.post(path + "/finish", headers=KEY)
+    assert again.status_code == 200
+    assert events(again.text)[-1][1] == "data: [DONE]"
+
+
+async def test_a_finish_that_was_cut_off_and_is_not_asked_for_again_is_freed(
+    at: Gateway, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = await opened(http)
+    at.engine.core.prefill_s = lambda tokens: 30.0
+    await cut_off_while_it_is_written(at, http, path, monkeypatch)
+
+    async def cancelled() -> bool:
+        return await state(http, path) == "cancelled"
+
+    assert await until(cancelled, within_s=5) > RESUME_S / 2
+
+
+@pytest.mark.parametrize("body", [{}, {"stream": False}])
+async def test_all_who_wait_hear_why_a_finish_failed(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    path, asked, fail = await opened(http), asyncio.Event(), asyncio.Event()
+
+    async def failing(stream: Stream, options: Options) -> None:
+        asked.set()
+        await fail.wait()
+        raise EngineFailed("no engine")
+
+    monkeypatch.setattr(Stream, "finish", failing)
+    first = asyncio.create_task(http.post(path + "/finish", headers=KEY, json=body))
+    await asked.wait()
+    second = asyncio.create_task(http.get(path + "/answer"))
+    await asyncio.wait({second}, timeout=0.3)  # longer than a sign of life takes
+    fail.set()
+    for response in await asyncio.gather(first, second):
+        assert (response.status_code, response.json()["error"]["message"]) == (503, "no engine")
+
+
+async def test_an_answer_that_the_gateway_can_not_write_ends_with_an_error(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(Chunks, "of", wrong)
+    monkeypatch.setattr(Whole, "add", wrong)
+    path = await opened(http)
+    told = await http.post(path + "/finish", headers=KEY, timeout=5)
+    assert (told.status_code, '"code":"internal_error"' in told.text) == (200, True)
+    path = await opened(http)
+    told = await http.post(path + "/finish", headers=KEY, json={"stream": False}, timeout=5)
+    assert (told.status_code, told.json()["error"]["code"]) == (500, "internal_error")
 
 
 async def test_what_is_kept_of_an_answer_is_bounded(

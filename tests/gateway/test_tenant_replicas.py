@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from gateway.identity import FORWARDED
-from gateway.keys import METRICS
+from gateway.keys import KEEPER, METRICS
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
 
@@ -65,6 +65,29 @@ async def test_a_key_finds_its_stream_at_the_other_replica_and_its_answer_too(
         whole = await http.post(path + "/finish", headers=headers)
     async with one.client(keys["a"]) as http:
         assert (await http.get(path + "/answer")).text == whole.text
+
+
+async def test_a_key_at_two_replicas_at_once_makes_one_stream(
+    pair: tuple[Gateway, Gateway, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, keys = pair
+    headers = {"Idempotency-Key": "at once"}
+
+    async def nothing_yet(stream_id: str) -> None:
+        return None
+
+    with monkeypatch.context() as patch:  # both have looked before either has written
+        patch.setattr(two.app[KEEPER], "find", nothing_yet)
+        first = await made(one, keys["a"], headers)
+        second = await made(two, keys["a"], headers)
+    assert (first.status_code, second.status_code) == (201, 409)
+    assert second.json()["error"]["code"] == "idempotency_key_in_use"
+    again = await made(two, keys["a"], headers)
+    assert again.json()["id"] == first.json()["id"]
+    path = f"/v1/streams/{first.json()['id']}"
+    for at in (one, two):
+        async with at.client(keys["a"]) as http:
+            assert (await http.get(path)).json()["state"] == "open"
 
 
 async def test_tokens_are_counted_where_the_stream_is_and_told_everywhere(

@@ -22,6 +22,7 @@ from gateway.chain import BlockChain
 from gateway.identity import FORWARDED
 from gateway.keys import RELOADER, TENANTS
 from gateway.logs import fields_of
+from gateway.prompt import PromptBuilder, Tokens
 from gateway.tenants import EVERYBODY, Tenant, Tenants, TenantsError, hashed, new
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
@@ -125,6 +126,29 @@ async def test_what_is_cached_for_a_tenant_has_its_salt_whichever_way_it_came(
     assert of_a[0] is not None
     assert len(set(of_a)) == len(set(of_b)) == 1
     assert of_a[0] != of_b[0]
+
+
+async def test_tokens_of_a_text_are_remembered_for_its_tenant_only(
+    running: tuple[Gateway, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, keys = running
+    encode, encoded = PromptBuilder._encode_literally, []
+
+    def counted(builder: PromptBuilder, text: str) -> Tokens:
+        encoded.append(text)
+        return encode(builder, text)
+
+    monkeypatch.setattr(PromptBuilder, "_encode_literally", counted)
+    tokens = []
+    for whose, times in (("a", 1), ("a", 1), ("b", 2), ("b", 2)):
+        async with at.client(keys[whose]) as http:
+            path = f"/v1/streams/{(await http.post('/v1/streams', json=BODY)).json()['id']}"
+            posted = await http.post(path + "/chunks", json={"text": "a secret"})
+            ranked = {"documents": [{"text": "a secret", "id": "x"}]}
+            assert (await http.put(path + "/documents", json=ranked)).status_code == 200
+        tokens.append(posted.json()["tokens"])
+        assert encoded == ["a secret"] * times
+    assert len(set(tokens)) == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/streams", "/v1/chat/completions", "/v1/completions"])
