@@ -77,6 +77,8 @@ class Pool:
         self._members: dict[str, AnyEngine] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._draining: dict[str, asyncio.Task[None]] = {}
+        self._leaving: dict[str, Role | None] = {}
+        """Engines that are removed when they are drained, and the roles in which they come back."""
         self._reporting: asyncio.Task[None] | None = None
         for url, role in configured(settings).items():
             self._join(url, role)
@@ -182,14 +184,17 @@ class Pool:
         engine.health = engine.health.given(time.monotonic())
 
     def add(self, url: str, role: Role) -> AnyEngine:
-        """Take an engine in; it gets streams once it answers. One that is on its way out stays, if
-        its role is the same.
+        """Take an engine in; it gets streams once it answers. One that is on its way out stays, or
+        comes back if its role is another.
 
         Raises:
             EngineThere: it is in the pool already.
         """
         url = url.rstrip("/")
         there = self._members.get(url)
+        if there is not None and there.role != role and url in self._leaving:
+            self._leaving[url] = role
+            return there
         if there is not None and (there.role != role or not there.draining):
             raise EngineThere(f"{url} is there, as {there.role!r}, {there.standing}")
         if there is not None:
@@ -229,26 +234,30 @@ class Pool:
         elsewhere.
 
         Args:
-            remove: take it out of the pool when nothing is left there.
+            remove: take it out of the pool when nothing is left there; once said, a drain without
+                it changes nothing of that.
             then: after that it joins again, in this role.
         """
-        self._forget_drain(engine)
+        if remove:
+            self._leaving[engine.url] = then
+        self._stop_drain(engine)
         engine.draining = True
         logger.info("engine %s is drained: %d streams are there", engine.url, engine.streams)
-        self._draining[engine.url] = asyncio.create_task(self._drained(engine, remove, then))
+        self._draining[engine.url] = asyncio.create_task(self._drained(engine))
         self._show(engine)
 
     def undrain(self, engine: AnyEngine) -> None:
         """Place streams there again."""
-        self._forget_drain(engine)
+        self._stop_drain(engine)
+        self._leaving.pop(engine.url, None)
         engine.draining = engine.drained = False
         self._show(engine)
 
-    def _forget_drain(self, engine: AnyEngine) -> None:
+    def _stop_drain(self, engine: AnyEngine) -> None:
         if (task := self._draining.pop(engine.url, None)) is not None:
             task.cancel()
 
-    async def _drained(self, engine: AnyEngine, remove: bool, then: Role | None) -> None:
+    async def _drained(self, engine: AnyEngine) -> None:
         if not await _empty(engine, self._settings.drain_timeout_s):
             logger.warning("engine %s: %d streams have to leave", engine.url, engine.streams)
             self._callbacks.left(engine, True)
@@ -256,9 +265,9 @@ class Pool:
         engine.drained = True
         logger.info("engine %s is drained", engine.url)
         self._show(engine)
-        if remove:
+        if engine.url in self._leaving:
             await self._remove(engine)
-            if then is not None:
+            if (then := self._leaving.pop(engine.url)) is not None:
                 self.add(engine.url, then)
 
     async def _remove(self, engine: AnyEngine) -> None:

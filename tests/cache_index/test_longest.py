@@ -30,7 +30,7 @@ async def test_both_find_the_same_end(
 ) -> None:
     names = [n.to_bytes(NAME_BYTES, "big") for n in range(length)]
     family = uuid.uuid4().hex
-    remote = RedisIndex(redis_url, timeout_s=5)
+    remote = RedisIndex(redis_url, timeout_s=10, connect_timeout_s=10)
     try:
         found = []
         for index in (remote, MemoryIndex()):

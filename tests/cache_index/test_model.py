@@ -95,7 +95,7 @@ async def outcome(
 
 @pytest_asyncio.fixture(scope="session")
 async def index(redis_url: str) -> AsyncIterator[RedisIndex]:
-    index = RedisIndex(redis_url, timeout_s=10)
+    index = RedisIndex(redis_url, timeout_s=10, connect_timeout_s=10)
     yield index
     await index.close()
 

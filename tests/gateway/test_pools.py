@@ -150,6 +150,36 @@ async def test_engines_join_drain_and_leave_while_streams_are_open(model_dir: Pa
         assert f.at(old).standing == "healthy"
 
 
+async def test_a_drain_does_not_take_a_removal_back(model_dir: Path) -> None:
+    async with front(model_dir, 1) as f:
+        [engine] = f.engines
+        async with f.client.stream(MODEL, QUESTION) as stream:
+            await stream.send("keeps it busy")
+            f.pool.drain(f.at(engine), remove=True)
+            f.pool.drain(f.at(engine))
+            await stream.finish()
+
+        async def gone() -> bool:
+            return f.pool.by_url(engine.url) is None
+
+        await until(gone, within_s=5)
+
+
+async def test_an_engine_on_its_way_out_comes_back_in_another_role(model_dir: Path) -> None:
+    async with front(model_dir, 2) as f:
+        _, changed = f.engines
+        async with f.client.stream(MODEL, QUESTION) as stream:
+            await stream.send("keeps one of them busy")
+            f.pool.drain(f.at(changed), remove=True)
+            f.pool.add(changed.url, "plain")
+
+        async def changed_role() -> bool:
+            found = f.pool.by_url(changed.url)
+            return found is not None and found.role == "plain"
+
+        await until(changed_role, within_s=5)
+
+
 async def test_what_is_still_open_at_the_end_of_a_drain_goes_on_elsewhere(model_dir: Path) -> None:
     async with front(model_dir, 2, drain_timeout_s=0.2, routing="round-robin") as f:
         async with f.client.stream(MODEL, QUESTION) as stream:
