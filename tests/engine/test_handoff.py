@@ -190,6 +190,7 @@ async def test_the_answer_is_that_of_a_single_engine(
     found = await answered(pair.decode, tokens, sampling, done.kv_transfer)
     assert found == await answered(pair.decode, tokens, sampling, None)
     assert found[:1] == first
+    assert (await pair.prefill.status(name)).state == "fetched"
 
 
 async def test_what_is_not_handed_over_is_answered_here(pair: Pair) -> None:
@@ -223,11 +224,14 @@ async def test_an_answer_of_one_token_leaves_no_kv_behind(pair: Pair) -> None:
 
 
 async def test_kv_that_nobody_fetches_goes_when_its_lease_ends(pair: Pair) -> None:
-    await prefilled(pair, prompt(100), GREEDY)
+    name = prompt_id()
+    await prefilled(pair, prompt(100), GREEDY, name)
     begun_s = time.monotonic()
     assert not await pair.idle()
+    assert (await pair.prefill.status(name)).state == "handed_over"
     await until(pair.idle, within_s=LEASE_S + 5)
     assert time.monotonic() - begun_s > LEASE_S / 2
+    assert (await pair.prefill.status(name)).state == "expired"
 
 
 async def test_a_reader_that_goes_away_leaves_no_kv_behind(pair: Pair) -> None:

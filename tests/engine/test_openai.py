@@ -78,3 +78,26 @@ async def test_the_answer_of_a_stream_reads_as_chat_completion_chunks(
     )
     text = "".join([c.choices[0].delta.content or "" async for c in chunks])
     assert "Paris" in text
+
+
+async def test_a_seeded_prompt_of_several_steps_is_answered_as_one_of_a_single_step(
+    http: httpx.AsyncClient, engine_server: Server
+) -> None:
+    """On CPUs vLLM itself dies of the first of these two requests."""
+    body = {
+        "model": MODEL,
+        "prompt": list(range(1000, 1400)),
+        "max_tokens": 8,
+        "temperature": 0.9,
+        "seed": 5,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "cache_salt": "seeded",
+    }
+    answers = []
+    for _ in range(2):  # the second finds all but the end in the prefix cache
+        response = await http.post(engine_server.url + "/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        answers.append(response.json()["choices"][0]["token_ids"])
+    assert len(answers[0]) == 8
+    assert answers[0] == answers[1]
