@@ -365,7 +365,8 @@ def main() -> int:
 
 async def inject(bed: Bed, options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     """All runs; what was not as it should be."""
-    runs, troubles = [], []
+    runs: list[Run] = []
+    troubles: list[str] = []
     print(HEADER)
     for failure in options.failures.split(","):
         before = len(runs)
