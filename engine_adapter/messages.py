@@ -58,8 +58,9 @@ class Open(Message, frozen=True):
     tokens: list[int]
     cache_salt: str | None = None
     """Separates the prefix cache of one tenant from another's."""
-    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    """Of the tenant that this salt stands for, against the others, where they compete."""
+    weight: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Of the tenant that this salt stands for, against the others, where they compete; None if it
+    stands for none."""
     lease_s: float = 60.0
     """Seconds of silence after which the engine frees the prompt."""
 

@@ -48,7 +48,7 @@ class Core(Protocol):
     """What the sessions need of an engine's loop. Calls take effect in the order made."""
 
     def open(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float | None
     ) -> Awaitable[Status]:
         """Begin a prompt."""
 

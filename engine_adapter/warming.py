@@ -78,7 +78,7 @@ class Warming:
         self._answers: dict[str, Reading] = {}
 
     async def open(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float | None
     ) -> Status:
         """Begin a prompt. A server without the plug-in knows no weights."""
         opened = self._prompts[prompt_id] = _Prompt(list(tokens), cache_salt)

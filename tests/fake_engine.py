@@ -44,7 +44,7 @@ class FakeCore:
     """The whole prompt of every answered id."""
 
     async def open(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float | None
     ) -> Status:
         self.tokens[prompt_id] = list(tokens)
         return await self._done("open", prompt_id)

@@ -97,15 +97,22 @@ class Shares:
 
     def __init__(self) -> None:
         self._weights: dict[str, float] = {}
+        self._known: set[str] = set()
         self._served: dict[str, float] = {}
         self._active: frozenset[str] = frozenset()
 
     def weigh(self, tenant: str, weight: float) -> None:
         """A tenant with this weight gets so many times what one with the weight 1 gets."""
+        self._known.add(tenant)
         if weight == 1.0:
             self._weights.pop(tenant, None)
         else:
             self._weights[tenant] = weight
+
+    def tenant_of(self, cache_salt: str | None) -> str:
+        """The tenant of a request with this salt. One that nobody has given a weight is no
+        tenant's: salts have other uses too."""
+        return cache_salt if cache_salt is not None and cache_salt in self._known else ""
 
     def turns(self, order: Order) -> Turns | None:
         """Those of the next step; None where nobody competes, so that the policy alone decides."""

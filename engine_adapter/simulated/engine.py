@@ -105,7 +105,11 @@ class SimulatedEngine:
         self.scheduler._clock = lambda: self.now_s
 
     def open(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None = None, weight: float = 1.0
+        self,
+        prompt_id: str,
+        tokens: list[int],
+        cache_salt: str | None = None,
+        weight: float | None = None,
     ) -> Status:
         """Begin a prompt."""
         return self.scheduler.open_prompt(prompt_id, tokens, cache_salt, self._hasher, weight)

@@ -111,7 +111,7 @@ class RealTimeEngine:
     # Operations.
 
     def open(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float | None
     ) -> asyncio.Future[Status]:
         return self._call(lambda: self._engine.open(prompt_id, tokens, cache_salt, weight))
 

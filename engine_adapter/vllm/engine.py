@@ -105,7 +105,7 @@ class VllmEngine:
         self._defaults: dict[str, Any] = llm.model_config.get_diff_sampling_param()
 
     async def open(
-        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float
+        self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float | None
     ) -> Status:
         arguments = {"tokens": tokens, "cache_salt": cache_salt, "weight": weight}
         return await self._call("open", {"prompt_id": prompt_id, **arguments})

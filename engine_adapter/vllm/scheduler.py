@@ -87,7 +87,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._clock: Callable[[], float] = time.time
         settings = _settings(self.vllm_config)
         policy = policies.named(settings.get("policy", DEFAULT_POLICY))
-        self._views = Views(self, self._tables, policy)
+        self._views = Views(self, self._tables, policy, self._shares)
         self.setup = setup_of(self.vllm_config)
         self.cost = cost_model(settings.get("cost_model"), self.setup)
         """What bringing back a victim's KV costs; None if nobody has measured it."""
@@ -103,15 +103,16 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         tokens: list[int],
         cache_salt: str | None,
         hasher: BlockHasher | None,
-        weight: float = 1.0,
+        weight: float | None = None,
     ) -> dict[str, int | str]:
         """Begin a prompt; the caller has checked that the id is free. The weight is that of all
         requests with this salt."""
-        self._shares.weigh(cache_salt or "", weight)
+        if weight is not None:
+            self._shares.weigh(cache_salt or "", weight)
         now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
         prompt = self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
-        self._present.put(prompt_id, cache_salt or "")
+        self._present.put(prompt_id, self._shares.tenant_of(cache_salt))
         self._views.put_prompt(prompt)
         self._replan = True
         return self.status(prompt_id)
@@ -251,7 +252,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                     num_external_cached_tokens=0,
                 )
         self._endings.put(request)
-        self._present.put(request.request_id, request.cache_salt or "")
+        self._present.put(request.request_id, self._shares.tenant_of(request.cache_salt))
         self._views.touch(request)
         fetches = self._fetches(request, 0 if prompt is None else prompt.lost_tokens)
         super().add_request(request)
@@ -619,7 +620,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         prompt = OpenPrompt(prompt_id, request, request.arrival_time, self._clock(), scheduled=True)
         self._prompts[prompt_id] = self._partial[request.request_id] = prompt
-        self._present.put(prompt_id, request.cache_salt or "")
+        self._present.put(prompt_id, self._shares.tenant_of(request.cache_salt))
         self._views.put_prompt(prompt)
         return prompt
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import Request, RequestStatus
 
+from engine_adapter.scheduling.fairness import Shares
 from engine_adapter.scheduling.order import Order
 from engine_adapter.scheduling.policies import Policy
 from engine_adapter.scheduling.view import View
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 class Views:
     """All unfinished requests of a scheduler."""
 
-    def __init__(self, scheduler: Scheduler, tables: BlockTables, policy: Policy) -> None:
+    def __init__(
+        self, scheduler: Scheduler, tables: BlockTables, policy: Policy, shares: Shares
+    ) -> None:
         self.order = Order(policy)
         """As of the last `refresh`."""
         self.prompts: dict[str, OpenPrompt] = {}
@@ -35,6 +38,7 @@ class Views:
         """When the input of a request was closed, where that was not when it arrived."""
         self._scheduler = scheduler
         self._tables = tables
+        self._shares = shares
         self._touched: dict[str, None] = {}  # request ids whose views may be out of date
         self._deferred: dict[str, None] = {}  # those that vLLM kept back a step ago
         self._steady: dict[str, range] = {}
@@ -131,7 +135,7 @@ class Views:
             needed_blocks=self._tables.needed(tokens),
             running=running,
             divisible=self._tables.can_inherit,
-            tenant=request.cache_salt or "",
+            tenant=self._shares.tenant_of(request.cache_salt),
             step_tokens=step_tokens,
         )
 
@@ -167,6 +171,6 @@ class Views:
             decoding=decoding,
             running=running,
             priority=request.priority,
-            tenant=request.cache_salt or "",
+            tenant=self._shares.tenant_of(request.cache_salt),
             step_tokens=step_tokens,
         )

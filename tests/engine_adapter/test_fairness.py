@@ -131,7 +131,7 @@ def play(rates: dict[str, float], seconds: float, *, salted: bool = True) -> dic
                 asked[name] = when_s
                 engine.finish(name, tokens, f"prompt-{name}", 32, salt)
             elif kind == "open":
-                engine.open(f"prompt-{name}", tokens, salt)
+                engine.open(f"prompt-{name}", tokens, salt, weight=1.0)
             else:
                 engine.extend(f"prompt-{name}", len(tokens) - 1000, tokens[-1000:])
         step = engine.step()
