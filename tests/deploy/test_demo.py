@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -33,6 +34,22 @@ def left_behind(mark: str) -> list[str]:
     return found
 
 
+def family_of(demo: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """What it has started, by name and id. (A process that renames itself may lose its mark.)"""
+    found = {}
+    for process in psutil.Process(demo.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[f"{process.name()} {process.pid}"] = process
+    return found
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def start(mark: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "deploy.demo"],
@@ -59,10 +76,13 @@ def test_ctrl_c_leaves_no_process(model_dir: Path) -> None:
         if line.startswith("starting vLLM"):
             break
     deadline_s = time.monotonic() + 120
-    while not any("EngineCor" in name for name in left_behind("interrupted")):
+    family: dict[str, psutil.Process] = {}
+    while not any("EngineCor" in name for name in family):
         assert time.monotonic() < deadline_s, "the engine's processes do not come up"
         time.sleep(0.5)
+        family = family_of(demo)
     demo.send_signal(signal.SIGINT)
     demo.communicate(timeout=40)
     assert demo.returncode == 130
+    assert not [name for name, process in family.items() if lives(process)]
     assert not left_behind("interrupted")
