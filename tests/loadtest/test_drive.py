@@ -161,6 +161,6 @@ async def test_plain_chat_is_sent_whole_when_its_retrieval_ends() -> None:
 async def test_hundreds_of_streams_are_open_at_once() -> None:
     slow = Slow(0.0)
     async with served(slow) as url:
-        seen = await driven(url, [chunked(i, 0.001 * i, 0.0, 1.0) for i in range(300)])
+        seen = await driven(url, [chunked(i, 0.001 * i, 0.0, 5.0) for i in range(300)])
     assert (seen.answered, seen.errors) == (300, {})
     assert seen.open_at_once == 300
