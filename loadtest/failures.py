@@ -42,6 +42,7 @@ from deploy.local import EngineOptions, Server, gateway
 from deploy.model import MODEL_NAME
 from deploy.nursery import Nursery
 from gateway.client import Client, StreamError
+from loadtest.bench_pools import words
 from loadtest.report import machine, p50_p95_p99, slashed, vllm_version
 
 LEASE_S = 3
@@ -135,17 +136,12 @@ def queries(rng: random.Random, n: int) -> list[Query]:
     """Streams whose prompts have a few hundred tokens."""
     return [
         Query(
-            tuple(_words(rng, rng.randrange(20, 90)) for _ in range(rng.randrange(1, 5))),
+            tuple(words(rng, rng.randrange(20, 90)) for _ in range(rng.randrange(1, 5))),
             tuple(rng.uniform(0, 0.3) for _ in range(4)),
             rng.choice(["greedy", "greedy", "seeded", "free"]),
         )
         for _ in range(n)
     ]
-
-
-def _words(rng: random.Random, n: int) -> str:
-    letters = ("bcdfgl", "aeiou", "mnrst")
-    return " ".join("".join(map(rng.choice, letters)) for _ in range(n))
 
 
 async def play(client: Client, query: Query, got: list[str]) -> None:
