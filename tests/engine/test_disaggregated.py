@@ -24,7 +24,8 @@ from tests.conftest import until
 from tests.engine.conftest import MODEL, sent_whole
 
 ANSWER_TOKENS = 24
-LONG = 200
+LONG = 250
+"""An answer of so many tokens goes on for longer than it takes to kill an engine."""
 QUESTION = [{"role": "user", "content": "Tell me a story about {{documents}}."}]
 TEXTS = ["a king and his daughter", "the sea at night", "北京 in the rain", "3.14 wolves", "a mill"]
 
@@ -150,7 +151,7 @@ async def test_leaving_an_answer_frees_both_engines(pair: Pair, after_pieces: in
 async def test_an_answer_goes_on_when_its_decode_engine_is_killed(
     pair: Pair, http: httpx.AsyncClient, builder: PromptBuilder
 ) -> None:
-    async with pair.client.stream(MODEL, QUESTION, max_tokens=60, **pair.options()) as stream:
+    async with pair.client.stream(MODEL, QUESTION, max_tokens=LONG, **pair.options()) as stream:
         await stream.send(TEXTS[0])
         pieces = stream.answer()
         text = "".join([await anext(pieces) for _ in range(12)])
@@ -158,7 +159,7 @@ async def test_an_answer_goes_on_when_its_decode_engine_is_killed(
         text += "".join([piece async for piece in pieces])
         handoff = (await stream.status())["handoff"]
     assert handoff["resumed"] == 1, handoff
-    assert text == await whole(http, builder, pair, [TEXTS[0]], 60)
+    assert text == await whole(http, builder, pair, [TEXTS[0]], LONG)
     await quiet(pair)
 
 
@@ -189,8 +190,8 @@ async def test_an_answer_outlives_the_engine_that_read_its_prompt(
 ) -> None:
     await asyncio.to_thread(pair.decodes.start().wait_ready, 400)
     await up(pair, http)
-    expected = await whole(http, builder, pair, [TEXTS[1]], 60)
-    async with pair.client.stream(MODEL, QUESTION, max_tokens=60, **pair.options()) as stream:
+    expected = await whole(http, builder, pair, [TEXTS[1]], LONG)
+    async with pair.client.stream(MODEL, QUESTION, max_tokens=LONG, **pair.options()) as stream:
         await stream.send(TEXTS[1])
         pieces = stream.answer()
         text = "".join([await anext(pieces) for _ in range(12)])
