@@ -37,7 +37,8 @@ from loadtest.report import Cuts, machine, p50_p95_p99, slashed, vllm_version
 
 ONE, POOLS = "one engine", "2 + 1 engines"
 LONG_ANSWER_TOKENS = 192
-LONG_CONTEXT_WORDS = 1500
+LONG_CONTEXT_WORDS = 600
+PIECES = 4
 SETTLED_S = 0.5
 
 
@@ -75,9 +76,9 @@ class Round:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--queries", type=int, default=48, help="streams in each round")
+    parser.add_argument("--queries", type=int, default=40, help="streams in each round")
     parser.add_argument("--streams", type=int, default=16, help="at once, at most")
-    parser.add_argument("--rate", type=float, default=1.5, help="streams that begin per second")
+    parser.add_argument("--rate", type=float, default=0.8, help="streams that begin per second")
     parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
@@ -98,6 +99,7 @@ def main() -> int:
                     asked = make(random.Random(seed))
                     played = asyncio.run(play(front, f"{name} {seed}", asked, options.streams))
                     rounds.append(measured(name, target, seed, asked, *played))
+                    print(f"  {target}, {name} {seed}: {played[1]:.0f} s", flush=True)
     report(rounds, options)
     return 0
 
@@ -124,12 +126,13 @@ def start_pools(running: ExitStack) -> Server:
 
 
 def streams(rng: random.Random, options: argparse.Namespace) -> list[Query]:
-    """Contexts of some 600 tokens in pieces."""
+    """Contexts of some 300 tokens in pieces; each is open for as long as keeps 16 of them open."""
     due_s, found = 0.0, []
     for _ in range(options.queries):
         due_s += rng.expovariate(options.rate)
-        chunks = tuple(words(rng, 75) for _ in range(4))
-        found.append(Query(due_s, chunks, 0.4, options.answer_tokens))
+        chunks = tuple(words(rng, 40) for _ in range(PIECES))
+        gap_s = options.streams / options.rate / PIECES
+        found.append(Query(due_s, chunks, gap_s, options.answer_tokens))
     return found
 
 
