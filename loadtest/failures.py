@@ -25,6 +25,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -53,6 +54,9 @@ PREFILL_STOPPED_S, DECODE_STOPPED_S = 7.0, 4.0
 """Longer than a fetch may take; longer than the lease, and not so long."""
 ERROR_WITHIN_S = 2.0
 FREED_WITHIN_S = 20.0
+KNOWN_S = 90.0
+TAKEN = {"healthy", "half-open"}
+"""An engine in these states is given streams."""
 LEFT_WITHIN_S = 1.0
 ANSWER_TOKENS = 24
 GREEDY = {"temperature": 0.0}
@@ -317,7 +321,23 @@ async def idle(http: httpx.AsyncClient, server: Server) -> bool:
 
 COUNTED = ("stream2llm_handoffs_total{", "stream2llm_answers_resumed_total{")
 """What the gateway itself counts of all this."""
+STANDINGS = re.compile(r'stream2llm_engine_standing\{engine="[^"]+",standing="([^"]+)"\} 1\.0')
 BUSY = ("vllm:kv_cache_usage_perc{", "vllm:num_requests_running{", "vllm:num_requests_waiting{")
+
+
+async def known(front: Server) -> None:
+    """The gateway has seen that the engines which were failed are back, so that no run begins with
+    fewer engines than there are.
+
+    Raises:
+        TimeoutError: it does not see that.
+    """
+    async with httpx.AsyncClient(timeout=5, trust_env=False) as http, asyncio.timeout(KNOWN_S):
+        while True:
+            metrics = (await http.get(front.url + "/metrics")).text
+            if TAKEN.issuperset(STANDINGS.findall(metrics)):
+                return
+            await asyncio.sleep(0.05)
 
 
 async def wholes(bed: Bed, endings: list[Ending]) -> list[str]:
@@ -367,9 +387,11 @@ async def inject(bed: Bed, options: argparse.Namespace) -> tuple[list[Run], list
     for failure in options.failures.split(","):
         before = len(runs)
         for seed in range(options.seed, options.seed + options.runs):
+            await asyncio.gather(known(bed.front), known(bed.whole))
             done, endings = await run(bed, failure, seed, options)
             found = []
             if FAILURES[failure] is not None:
+                await known(bed.whole)
                 texts = await wholes(bed, endings)
                 found = [w for e, text in zip(endings, texts, strict=True) if (w := wrong(e, text))]
             limit_s = FREED_WITHIN_S if FAILURES[failure] else LEFT_WITHIN_S
