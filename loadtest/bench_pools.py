@@ -37,7 +37,7 @@ from loadtest.report import Cuts, machine, p50_p95_p99, slashed, vllm_version
 
 ONE, POOLS = "one engine", "2 + 1 engines"
 LONG_ANSWER_TOKENS = 192
-LONG_CONTEXT_WORDS = 600
+LONG_CONTEXT_WORDS = 300
 PIECES = 4
 SETTLED_S = 0.5
 
@@ -76,7 +76,7 @@ class Round:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--queries", type=int, default=40, help="streams in each round")
+    parser.add_argument("--queries", type=int, default=32, help="streams in each round")
     parser.add_argument("--streams", type=int, default=16, help="at once, at most")
     parser.add_argument("--rate", type=float, default=0.8, help="streams that begin per second")
     parser.add_argument("--answer-tokens", type=int, default=32)
@@ -126,11 +126,11 @@ def start_pools(running: ExitStack) -> Server:
 
 
 def streams(rng: random.Random, options: argparse.Namespace) -> list[Query]:
-    """Contexts of some 300 tokens in pieces; each is open for as long as keeps 16 of them open."""
+    """Contexts of some 180 tokens in pieces; each is open for as long as keeps 16 of them open."""
     due_s, found = 0.0, []
     for _ in range(options.queries):
         due_s += rng.expovariate(options.rate)
-        chunks = tuple(words(rng, 40) for _ in range(PIECES))
+        chunks = tuple(words(rng, 20) for _ in range(PIECES))
         gap_s = options.streams / options.rate / PIECES
         found.append(Query(due_s, chunks, gap_s, options.answer_tokens))
     return found
@@ -142,12 +142,12 @@ def beside(rng: random.Random) -> list[Query]:
     pieces = 10
     return long + [
         Query(
-            1.0 + i,
+            1.0 + 2 * i,
             tuple(words(rng, LONG_CONTEXT_WORDS // pieces) for _ in range(pieces)),
             0.2,
             2,
         )
-        for i in range(4)
+        for i in range(3)
     ]
 
 
