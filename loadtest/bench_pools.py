@@ -38,7 +38,7 @@ from loadtest.report import Cuts, machine, p50_p95_p99, slashed, vllm_version
 ONE, POOLS = "one engine", "2 + 1 engines"
 LONG_ANSWER_TOKENS = 192
 LONG_CONTEXT_WORDS = 300
-PIECES = 4
+PIECES, LONG_PIECES = 4, 10
 SETTLED_S = 0.5
 
 
@@ -126,7 +126,8 @@ def start_pools(running: ExitStack) -> Server:
 
 
 def streams(rng: random.Random, options: argparse.Namespace) -> list[Query]:
-    """Contexts of some 180 tokens in pieces; each is open for as long as keeps 16 of them open."""
+    """Contexts of some 180 tokens in pieces; each is open for as long as
+    keeps `--streams` of them open."""
     due_s, found = 0.0, []
     for _ in range(options.queries):
         due_s += rng.expovariate(options.rate)
@@ -139,11 +140,10 @@ def streams(rng: random.Random, options: argparse.Namespace) -> list[Query]:
 def beside(rng: random.Random) -> list[Query]:
     """Two long answers, and behind them long contexts with short ones."""
     long = [Query(0.0, (words(rng, 50),), 0.0, LONG_ANSWER_TOKENS) for _ in range(2)]
-    pieces = 10
     return long + [
         Query(
             1.0 + 2 * i,
-            tuple(words(rng, LONG_CONTEXT_WORDS // pieces) for _ in range(pieces)),
+            tuple(words(rng, LONG_CONTEXT_WORDS // LONG_PIECES) for _ in range(LONG_PIECES)),
             0.2,
             2,
         )
