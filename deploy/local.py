@@ -7,8 +7,10 @@ and is stopped by its process group, so that none of its descendants survives.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -31,6 +33,8 @@ from deploy.model import MODEL_NAME, model_dir
 STOP_GRACE_S = 10.0
 KILL_GRACE_S = 5.0
 LOG_TAIL_LINES = 30
+SERVER_PORTS = range(20_000, 32_768)
+"""Below the ports that Linux gives to outgoing connections, unless it is set up otherwise."""
 
 
 class ServerFailed(Exception):
@@ -38,11 +42,19 @@ class ServerFailed(Exception):
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of the loopback interface that nothing has now.
+
+    Not one of those that kernels give to outgoing connections: one of them, even a closed one that
+    is remembered for a minute, would keep a server from its port when it is started again.
+
+    Raises:
+        OSError: none was found.
+    """
+    for port in random.SystemRandom().sample(SERVER_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "none of a hundred ports is free")
 
 
 def answers_http(url: str) -> bool:
