@@ -105,6 +105,11 @@ class PublishedEngine:
         self._socket = self._publisher._pub = LossySocket(self._publisher._pub)
 
     def stop(self) -> None:
+        # It closes its sockets a second later, also under a thread that still uses them: a crash.
+        self._publisher._running = False
+        self._publisher._event_queue.put(None)
+        self._publisher._thread.join(60)
+        self._publisher.SHUTDOWN_TIMEOUT = 0.0
         self._publisher.shutdown()
 
     def restart(self) -> None:
