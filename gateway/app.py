@@ -47,6 +47,8 @@ from gateway.keys import (
     TOKENIZERS,
 )
 from gateway.lifecycle import Lifecycle, counting
+from gateway.openapi import route
+from gateway.openapi_routes import public
 from gateway.placement import Engines
 from gateway.pool import Callbacks, Pool
 from gateway.prefixes import Prefixes
@@ -97,6 +99,7 @@ def build(
         app[COLLECTIONS] = Collections(Path(settings.collections), embedder or MiniLm())
         app[routes_collections.CHANGING] = asyncio.Lock()
         app.add_routes(routes_collections.routes)
+    app.add_routes([route(public(collections=settings.collections is not None))])
     app.on_response_prepare.extend((limits.tell_limits, _last_on_its_connection))
     app.cleanup_ctx.append(partial(_running, read_again=read_again or (lambda: settings)))
     return app

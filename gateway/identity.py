@@ -10,11 +10,12 @@ from aiohttp.typedefs import Handler
 from gateway.errors import Unauthorized
 from gateway.keys import KEEPER, TENANTS
 from gateway.logs import bind
+from gateway.openapi import PATH as DESCRIPTION
 from gateway.tenants import EVERYBODY, Tenant
 
 TENANT = web.RequestKey("tenant", Tenant)
-OPEN_PATHS = ("/health", "/ready", "/metrics")
-"""For those who watch over the gateway; they tell nothing of any tenant."""
+OPEN_PATHS = ("/health", "/ready", "/metrics", DESCRIPTION)
+"""For those who watch over the gateway, and the description; they tell nothing of any tenant."""
 FORWARDED = "X-Stream2llm-Forwarded"
 """On a request that another replica sent on: it is not sent on again. Its value is the tenant's
 voucher, so a client can't pretend."""

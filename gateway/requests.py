@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -213,6 +213,17 @@ class FinishLine(Options, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Last line of the one-request form, and its overrides."""
 
     finish: bool = True
+
+
+class NewEngine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /admin/engines`."""
+
+    url: str
+    role: Literal["engine", "plain", "decode"] = "engine"
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise BadRequest("url is no http(s) URL", param="url")
 
 
 T = TypeVar("T")

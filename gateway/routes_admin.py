@@ -10,6 +10,7 @@
     POST    /admin/reload               read the settings again
     GET     /admin/config               the settings in force, without secrets
     GET     /metrics
+    GET     /openapi.json               these routes, described
 
 An engine's id is its URL without the scheme.
 """
@@ -19,9 +20,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -30,25 +30,16 @@ from gateway.bodies import read_body
 from gateway.engines import AnyEngine, Engine
 from gateway.errors import BadRequest, GatewayError, NotAdmin
 from gateway.keys import ENGINES, KEEPER, LIFECYCLE, METRICS, RELOADER, SETTINGS, STREAMS
+from gateway.openapi import route
+from gateway.openapi_admin import administration
 from gateway.pool import Pool
 from gateway.reloading import shown
-from gateway.requests import read
+from gateway.requests import NewEngine, read
 from gateway.settings import SettingsError
 
 GATEWAY = web.AppKey("gateway", web.Application)
 MAX_BODY_BYTES = 1 << 16
 HASHED = "sha256:"
-
-
-class NewEngine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /admin/engines`."""
-
-    url: str
-    role: Literal["engine", "plain", "decode"] = "engine"
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise BadRequest("url is no http(s) URL", param="url")
 
 
 def admin(gateway: web.Application, key_file: str | None) -> web.Application:
@@ -64,7 +55,7 @@ def admin(gateway: web.Application, key_file: str | None) -> web.Application:
     middleware = _guarded(None if key_file is None else _read_key(Path(key_file)))
     app = web.Application(middlewares=[middleware], client_max_size=MAX_BODY_BYTES)
     app[GATEWAY] = gateway
-    app.add_routes(_ROUTES)
+    app.add_routes([*_ROUTES, route(administration())])
     return app
 
 
