@@ -32,11 +32,18 @@ class Turns:
         self._rested = rested
         self._weights = weights
         self._full_only = False
+        self.lent = False
+        """Turns are over for this step: what is left of it goes by `lend`."""
 
     def __iter__(self) -> Iterator[Entry]:
-        """Answers under way first, a token each; then by turns. Say `granted` before the next."""
+        """Answers under way first, a token each; then by turns. Say `granted` before the next.
+
+        Once turns are lent, requests that had theirs can come again.
+        """
         queues: dict[str, list[Entry]] = {}
         for entry in self._order.ready:
+            if self.lent:
+                break
             if entry[2].decoding:
                 yield entry
             else:
@@ -46,7 +53,7 @@ class Turns:
             entries.reverse()
             heads.append((self.served[tenant], tenant not in self._rested, entries.pop()))
         heapify(heads)
-        while heads:
+        while heads and not self.lent:
             entry = heappop(heads)[2]
             tenant, full = entry[2].tenant, entry[2].full
             if self._full_only and not full:
@@ -54,11 +61,25 @@ class Turns:
             yield entry
             if entries := queues[tenant]:
                 heappush(heads, (self.served[tenant], True, entries.pop()))
+        if self.lent:
+            yield from (e for e in self._order.ready if e[2].full and e[2].held_blocks)
+
+    def lend(self) -> None:
+        """A full request whose turn it is does not fit into memory. What is left of the step is for
+        those that can give some back, in the policy's order: the first of them may take from all
+        others, so that one gets on."""
+        self.lent = True
 
     def granted(self, view: View, tokens: int) -> None:
         """The request computes so many tokens in this step."""
         tenant = view.tenant
         self.served[tenant] += tokens / self._weights.get(tenant, 1.0)
+
+    def granted_all(self, grants: Mapping[str, int]) -> None:
+        """These requests compute so many tokens in this step, which was not planned by turns."""
+        for *_, view in self._order.ready:
+            if tokens := grants.get(view.request_id):
+                self.granted(view, tokens)
 
     def no_more_partial(self) -> None:
         """A step has all it may have of partial requests. Of use with policies that put a tenant's
@@ -101,13 +122,19 @@ class Shares:
         self._served: dict[str, float] = {}
         self._active: frozenset[str] = frozenset()
 
-    def weigh(self, tenant: str, weight: float) -> None:
-        """A tenant with this weight gets so many times what one with the weight 1 gets."""
+    def weigh(self, tenant: str, weight: float) -> bool:
+        """A tenant with this weight gets so many times what one with the weight 1 gets.
+
+        Returns:
+            Whether it was unknown: from now on its requests are a tenant's.
+        """
+        new = tenant not in self._known
         self._known.add(tenant)
         if weight == 1.0:
             self._weights.pop(tenant, None)
         else:
             self._weights[tenant] = weight
+        return new
 
     def tenant_of(self, cache_salt: str | None) -> str:
         """The tenant of a request with this salt. One that nobody has given a weight is no

@@ -53,6 +53,10 @@ def plan(
     as the policy allows. The walk stops at a full request that does not fit even so, so that
     nobody overtakes it; a partial one, which computes ahead of its need, is passed over.
 
+    Among tenants such a request takes nothing yet, and its turn is lent to full requests that hold
+    memory: they give it back when they end, while one that holds none would only take more. Where
+    that lets nobody go on, the step is planned as if all were one tenant's.
+
     Args:
         order: all unfinished requests.
         budget_tokens: tokens the step can compute.
@@ -76,6 +80,8 @@ def plan(
     for entry in order.ready if turns is None else turns:
         view = entry[2]
         if view.request_id in evicted:  # has just lost its blocks
+            continue
+        if view.request_id in grants:  # had its turn before turns were lent
             continue
         full, running = view.full, view.running
         most = budget_tokens
@@ -104,9 +110,12 @@ def plan(
             continue
         missing = max(view.needed_blocks - view.held_blocks, 0)
         wanted = missing if running else missing + watermark_blocks
-        if wanted > purse.free_blocks and not purse.fill(entry, wanted):
-            if full:
+        in_front = full and (turns is None or turns.lent)
+        if wanted > purse.free_blocks and not purse.fill(entry, wanted, in_front):
+            if in_front:
                 break
+            if full and turns is not None:
+                turns.lend()
             continue
         purse.free_blocks -= missing
         grants[view.request_id] = grant
@@ -122,6 +131,18 @@ def plan(
         if not stays:
             slots -= 1
     if not grants and budget_tokens > 0:
+        if turns is not None:
+            decided = plan(
+                order,
+                budget_tokens=budget_tokens,
+                free_blocks=free_blocks,
+                slots=slots,
+                watermark_blocks=watermark_blocks,
+                freeable_blocks=freeable_blocks,
+                restore_s=restore_s,
+            )
+            turns.granted_all(decided.grants)
+            return decided
         grants = _rescue(order, purse, budget_tokens, slots, watermark_blocks)
     return Plan(grants, tuple(evicted.values()))
 
@@ -170,11 +191,12 @@ class _Purse:
         self._reach: float = math.inf
         """Blocks that the last partial request found, in vain; those after it find no more."""
 
-    def fill(self, taker: Entry, wanted: int) -> bool:
+    def fill(self, taker: Entry, wanted: int, in_front: bool) -> bool:
         """Evict until `wanted` blocks are free, from the back on; False if they never are.
 
-        For a partial request only if it then fits; a full one waits in front of all others, so
-        what it has found so far is freed for it already.
+        Args:
+            in_front: a full request that waits in front of all others: what is found is freed for
+                it even if it does not fit yet. Others take all that they need, or nothing.
         """
         full = taker[2].full
         lacking = wanted - self.free_blocks
@@ -188,8 +210,9 @@ class _Purse:
             at, offers = self._look(taker, at)
             freed += self._choose(offers, lacking - freed, found)
         fits = freed >= lacking
-        if not full and not fits:
-            self._reach = freed
+        if not fits and not in_front:
+            if not full:
+                self._reach = freed
             return False
         self._evict(found, freed)
         if full:  # what is left of the last window may be asked again

@@ -107,8 +107,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     ) -> dict[str, int | str]:
         """Begin a prompt; the caller has checked that the id is free. The weight is that of all
         requests with this salt."""
-        if weight is not None:
-            self._shares.weigh(cache_salt or "", weight)
+        if weight is not None and self._shares.weigh(cache_salt or "", weight):
+            self._know_tenant(cache_salt)
         now = self._clock()
         request = self._version(prompt_id, tokens, now, cache_salt, hasher)
         prompt = self._prompts[prompt_id] = OpenPrompt(prompt_id, request, now, now)
@@ -116,6 +116,17 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._views.put_prompt(prompt)
         self._replan = True
         return self.status(prompt_id)
+
+    def _know_tenant(self, cache_salt: str | None) -> None:
+        """Requests and prompts that have come with this salt are a tenant's from now on."""
+        tenant = self._shares.tenant_of(cache_salt)
+        prompts = {p.prompt_id: p.request for p in self._prompts.values()}
+        partial = {request.request_id for request in prompts.values()}
+        others = {i: r for i, r in self.requests.items() if i not in partial}
+        for name, request in (prompts | others).items():
+            if request.cache_salt == cache_salt:
+                self._present.put(name, tenant)
+                self._views.touch(request)
 
     def extend_prompt(self, prompt_id: str, keep: int, tokens: list[int]) -> dict[str, int | str]:
         """Keep the first tokens of a prompt and put others behind them.

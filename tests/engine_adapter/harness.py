@@ -328,6 +328,7 @@ class Engine:
         prompt_id: str | None = None,
         version: int = 0,
         hand_over: bool = False,
+        cache_salt: str | None = None,
     ) -> None:
         """Send an ordinary request, or the end of an open prompt."""
         extra = None if prompt_id is None else {ADOPT: prompt_id, VERSION: version}
@@ -339,6 +340,7 @@ class Engine:
             prompt_token_ids=list(tokens),
             sampling_params=first_token_only(params) if hand_over else params,
             pooling_params=None,
+            cache_salt=cache_salt,
             block_hasher=self.hasher,
         )
         self.answers[request_id] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
@@ -23,8 +23,12 @@ SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // 4 + 8
 class History:
     """One random run: what clients do, and what each of them must get."""
 
-    def __init__(self, model: Path, seed: int, blocks: int, host_blocks: int = 0) -> None:
+    def __init__(
+        self, model: Path, seed: int, blocks: int, host_blocks: int = 0, tenants: int = 0
+    ) -> None:
         self.random = random.Random(seed)
+        self.weights = {f"t{i}": self.random.choice([0.5, 1.0, 4.0]) for i in range(tenants)}
+        self.salts: dict[str, str] = {}  # of prompts that are a tenant's
         step_tokens = self.random.choice([5, 16, 40])
         self.engine = Engine(model, blocks, step_tokens, host_blocks)
         self.switch_policy()
@@ -76,9 +80,17 @@ class History:
         assert int(self.engine.scheduler.load()["waiting_tokens"]) >= 0
 
     def do_open(self) -> None:
+        self.begin(self.more_of_the_story([], 20) or self.some_tokens(20) or [1])
+
+    def do_open_long(self) -> None:
+        self.begin(self.text(self.random.randint(1, MAX_MODEL_LEN - 12)))
+
+    def begin(self, tokens: list[int]) -> None:
         prompt_id = self.new_id()
-        tokens = self.more_of_the_story([], 20) or self.some_tokens(20) or [1]
-        self.engine.scheduler.open_prompt(prompt_id, list(tokens), None, self.engine.hasher)
+        salt, weight = self.random.choice([*self.weights.items()] or [(None, None)])
+        self.engine.scheduler.open_prompt(prompt_id, list(tokens), salt, self.engine.hasher, weight)
+        if salt is not None:
+            self.salts[prompt_id] = salt
         self.open[prompt_id] = tokens
         self.versions[prompt_id] = 0
 
@@ -149,12 +161,18 @@ class History:
     def do_plain(self) -> None:
         self.ask(self.new_id(), self.some_tokens(40) or [3], None)
 
+    def do_plain_long(self) -> None:
+        self.ask(self.new_id(), self.text(self.random.randint(1, MAX_MODEL_LEN - 12)), None)
+
     def ask(
         self, request_id: str, tokens: list[int], prompt_id: str | None, version: int = 0
     ) -> None:
         max_tokens = self.random.randint(1, 6)
         self.expected[request_id] = expected_answer(tokens, max_tokens)
-        self.engine.request(request_id, tokens, max_tokens, prompt_id, version)
+        salt = self.random.choice([*self.weights] or [None])
+        if prompt_id is not None:
+            salt = self.salts.get(prompt_id)
+        self.engine.request(request_id, tokens, max_tokens, prompt_id, version, cache_salt=salt)
 
     def do_close(self) -> None:
         prompt_id = self.random.choice(list(self.open))
@@ -172,23 +190,26 @@ class History:
         self.engine.drain()
         while self.open:
             self.do_finish()
+
+    def check(self) -> None:
+        """Once all has ended, every answer must be right and no block lost."""
         self.engine.drain()
+        answers = {request_id: self.engine.answers[request_id] for request_id in self.expected}
+        assert answers == self.expected
+        assert not any(self.engine.answers[request_id] for request_id in self.given_up)
+        assert self.engine.free_blocks == self.engine.idle_blocks
+        self.engine.scheduler.check_blocks()
 
 
 def answered_exactly(
-    model: Path, blocks: int, seed: int, actions: int, host_blocks: int = 0
-) -> Engine:
+    model: Path, blocks: int, seed: int, actions: int, host_blocks: int = 0, tenants: int = 0
+) -> None:
     """Run a history; every answer must be right and no block lost."""
-    history = History(model, seed, blocks, host_blocks)
+    history = History(model, seed, blocks, host_blocks, tenants)
     for _ in range(actions):
         history.act()
     history.end()
-    answers = {request_id: history.engine.answers[request_id] for request_id in history.expected}
-    assert answers == history.expected
-    assert not any(history.engine.answers[request_id] for request_id in history.given_up)
-    assert history.engine.free_blocks == history.engine.idle_blocks
-    history.engine.scheduler.check_blocks()
-    return history.engine
+    history.check()
 
 
 histories = given(seed=st.integers(0, 2**32), actions=st.integers(5, 80))
@@ -207,6 +228,47 @@ def test_every_history_is_answered_exactly_and_leaves_no_block(
     model_dir: Path, blocks: int, host_blocks: int, seed: int, actions: int
 ) -> None:
     answered_exactly(model_dir, blocks, seed, actions, host_blocks)
+
+
+@settings(patient, max_examples=20)
+@given(seed=st.integers(0, 2**32), actions=st.integers(5, 80), tenants=st.sampled_from([2, 3, 12]))
+def test_every_history_of_several_tenants_is_answered_exactly_and_leaves_no_block(
+    model_dir: Path, seed: int, actions: int, tenants: int
+) -> None:
+    answered_exactly(model_dir, SMALL_POOL_BLOCKS, seed, actions, tenants=tenants)
+
+
+@settings(patient, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32),
+    tenants=st.sampled_from([2, 3, 5, 12]),
+    blocks=st.integers(1 + MAX_MODEL_LEN // BLOCK_SIZE, SMALL_POOL_BLOCKS + 12),
+    host_blocks=st.sampled_from([0, 20]),
+)
+@example(seed=2, tenants=2, blocks=SMALL_POOL_BLOCKS, host_blocks=0)
+def test_tenants_whose_prompts_do_not_fit_together_are_all_answered(
+    model_dir: Path, seed: int, tenants: int, blocks: int, host_blocks: int
+) -> None:
+    history = History(model_dir, seed, blocks, host_blocks, tenants)
+    for _ in range(history.random.randint(2, 12)):
+        history.random.choice([history.do_open_long, history.do_plain_long])()
+        for _ in range(history.random.choice([0, 0, 1, 3])):
+            history.do_step()
+        if history.open and history.random.random() < 0.5:
+            history.do_finish()
+    while history.open:
+        history.do_finish()
+    history.check()
+
+
+def test_what_came_before_its_tenant_was_known_is_the_tenants_too(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100)
+    engine.request("early", [5] * 20, 6, cache_salt="t")
+    engine.step()
+    engine.scheduler.open_prompt("p", [6] * 20, "t", engine.hasher, 2.0)
+    engine.request("other", [7] * 20, 6)
+    engine.drain()  # each step checks that what it was planned by is true
+    assert engine.finished == {"early", "other"}
 
 
 @pytest.mark.engine  # not for its needs, for its time
