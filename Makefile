@@ -14,7 +14,7 @@ bench-sim bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
     bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
-    bench-pools bench-failures report workload clean
+    bench-pools bench-failures bench-throughput soak report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,12 @@ bench-pools: model ## two prefill engines and a decode engine beside one engine 
 
 bench-failures: model ## engines killed and stopped, clients gone, 30 times each: what becomes of answers
 	@$(BIN)/python -m loadtest.failures
+
+bench-throughput: model ## the highest rate of streams and chunks that gateways hold, a table of rates
+	@$(BIN)/python -m loadtest.bench_throughput $(OPTIONS)
+
+soak: model ## half an hour of streams that come and go: does a gateway's memory grow? OPTIONS="--minutes 3"
+	@$(BIN)/python -m loadtest.soak $(OPTIONS)
 
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan

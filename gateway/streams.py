@@ -60,6 +60,7 @@ class Streams:
 
     async def start(self) -> None:
         """Begin to look after the streams."""
+        self._metrics.tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:

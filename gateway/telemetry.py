@@ -42,6 +42,9 @@ class Metrics:
             "Streams not ended yet",
             registry=self.registry,
         )
+        self.tasks = Gauge(
+            "stream2llm_tasks", "Tasks of the gateway's event loop", registry=self.registry
+        )
         self.streams = Counter(
             "stream2llm_streams_total", "Streams by how they ended", ["end"], registry=self.registry
         )

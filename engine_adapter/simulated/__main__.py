@@ -10,6 +10,7 @@ import sys
 from aiohttp import web
 
 from engine_adapter.scheduling.policies import DEFAULT_POLICY, POLICIES
+from engine_adapter.sessions import DEFAULT_OPEN_PROMPTS
 from engine_adapter.simulated.hardware import H100X2, H200X2, LLAMA_3_1_8B
 
 HARDWARE = {"h100x2": H100X2, "h200x2": H200X2}
@@ -32,8 +33,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--speed", type=float, default=1.0, help="simulated seconds in a real one")
     parser.add_argument("--model-name", default="simulated", help="the name it is served by")
     parser.add_argument("--kv-tokens", type=int, help="size of the KV pool (default: what fits)")
+    parser.add_argument(
+        "--max-prompts", type=int, default=DEFAULT_OPEN_PROMPTS, help="open prompts, and answers"
+    )
     options = parser.parse_args()
-    for name in ("step_tokens", "speed", "kv_tokens"):
+    for name in ("step_tokens", "speed", "kv_tokens", "max_prompts"):
         if (value := getattr(options, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     return options
@@ -53,9 +57,10 @@ def main() -> int:
         LLAMA_3_1_8B,
         policy=options.policy,
         step_tokens=options.step_tokens,
+        max_requests=options.max_prompts,
         kv_tokens=options.kv_tokens,
     )
-    app = build(engine, options.model_name, options.speed)
+    app = build(engine, options.model_name, options.speed, options.max_prompts)
     web.run_app(
         app,
         host="127.0.0.1",

@@ -26,12 +26,18 @@ VOCAB_SIZE = 1 << 31
 """Tokens mean nothing here: those of any tokenizer will do."""
 
 
-def build(engine: SimulatedEngine, model: str, speed: float = 1.0) -> web.Application:
+def build(
+    engine: SimulatedEngine,
+    model: str,
+    speed: float = 1.0,
+    max_prompts: int = DEFAULT_OPEN_PROMPTS,
+) -> web.Application:
     """A server of an engine, not started yet.
 
     Args:
         model: the name it is served by.
         speed: simulated seconds in a real one. Leases are in real seconds.
+        max_prompts: that may be open at once.
     """
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors])
     kv_blocks = int(engine.scheduler.load()["kv_blocks_total"])
@@ -39,7 +45,7 @@ def build(engine: SimulatedEngine, model: str, speed: float = 1.0) -> web.Applic
     running = app[ENGINE] = RealTimeEngine(engine, speed)
     app[PROMPTS] = StreamingPrompts(
         running,
-        Limits(max_model_len, VOCAB_SIZE, DEFAULT_OPEN_PROMPTS),
+        Limits(max_model_len, VOCAB_SIZE, max_prompts),
         name=f"simulated {engine.hardware.name}",
         model=model,
         block_size=BLOCK_TOKENS,
