@@ -274,8 +274,10 @@ def _temporary_log(name: str) -> Path:
 
 
 def _alive(process: psutil.Process) -> bool:
+    """Whether it may still hold its files and ports: a zombie does while it has other threads."""
     try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        ended = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+        return bool(process.is_running() and not ended)
     except psutil.NoSuchProcess:
         return False
 

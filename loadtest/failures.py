@@ -27,6 +27,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -182,6 +183,7 @@ class Failing:
 
     async def _killed(self, server: Server) -> None:
         await asyncio.to_thread(server.kill)
+        await free(server.port)
         server.start()
         await asyncio.to_thread(server.wait_ready, 120)
 
@@ -195,6 +197,21 @@ class Failing:
             for process in processes:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGCONT)
+
+
+async def free(port: int) -> None:
+    """A port that a killed server had is one that another can listen on.
+
+    Raises:
+        TimeoutError: it is not.
+    """
+    async with asyncio.timeout(FREED_WITHIN_S):
+        while True:
+            with socket.socket() as probe, suppress(OSError):
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+                return
+            await asyncio.sleep(0.05)
 
 
 def family(server: Server) -> list[int]:
