@@ -21,7 +21,7 @@ from gateway import limits, routes_collections, routes_openai, routes_streams
 from gateway.accounts import Accounts
 from gateway.builders import builder_for
 from gateway.engines import AnyEngine
-from gateway.errors import BadRequest, BodyTooLarge, GatewayError
+from gateway.errors import BadRequest, BodyTooLarge, GatewayError, RequestTimeout
 from gateway.guard import Guard
 from gateway.identity import identified
 from gateway.keeper import Keeper
@@ -213,7 +213,7 @@ def _render(
         headers=error.headers | kept,
         content_type="application/json",
     )
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, BodyTooLarge | RequestTimeout):
         response.force_close()  # the rest of the body is not read
     return response
 

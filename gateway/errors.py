@@ -20,6 +20,7 @@
      |   +- CollectionThere      409  there is one of that name
      |   +- EngineThere          409  the pool has that engine
      |   +- KeyInUse             409  the first request of an idempotency key is under way
+     +- RequestTimeout           408  the head or the body of a request did not arrive in time
      +- AnswerGone               410  of an answer that is not kept, or not that far back
      +- BodyTooLarge             413
      +- KeyReused                422  another request under the same idempotency key
@@ -30,6 +31,7 @@
      +- IndexAway                503  nobody can say for now which replica holds the stream
      +- NotHeld                  421  between replicas: the stream is held by another one
      +- EngineFailed             503  no engine, or it died under the stream
+     +- EngineTimeout            504  it says nothing of a request that was passed through
 
 One middleware renders them in the OpenAI error shape; after the first byte of an SSE answer
 they are sent as an `error` event instead.
@@ -195,6 +197,12 @@ class KeyReused(GatewayError):
     status, type, code = 422, "invalid_request_error", "idempotency_key_reused"
 
 
+class RequestTimeout(GatewayError):
+    """The head or the body of a request did not arrive in time; the connection is closed."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
 class AnswerGone(GatewayError):
     """What the client wants to go on with is not kept any more."""
 
@@ -265,6 +273,12 @@ class EngineFailed(GatewayError):
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "1"}
+
+
+class EngineTimeout(GatewayError):
+    """The engine was silent too long on a request that was passed through to it."""
+
+    status, type, code = 504, "server_error", "engine_timeout"
 
 
 def from_engine(error: engine.EngineError) -> GatewayError:

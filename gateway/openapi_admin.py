@@ -12,6 +12,7 @@ from gateway.errors import (
     EngineThere,
     NoSuchEngine,
     NotAdmin,
+    RequestTimeout,
 )
 from gateway.openapi import DESCRIBING, JSON, PROMETHEUS, Answer, Operation, Parameter, described
 from gateway.reloading import Difference
@@ -34,7 +35,7 @@ OPERATIONS = (
         "post", "/admin/engines", "addEngine", "An engine joins", "engines",
         {201: Answer("It has joined.", {JSON: shapes.EngineStatus})},
         body={JSON: NewEngine},
-        errors=(NotAdmin, BadRequest, BodyTooLarge, EngineThere, EngineFailed),
+        errors=(NotAdmin, BadRequest, BodyTooLarge, RequestTimeout, EngineThere, EngineFailed),
     ),
     Operation(
         "delete", "/admin/engines/{id}", "removeEngine", "Drain an engine, then remove it",

@@ -17,6 +17,7 @@ from gateway.errors import (
     ContextTooLong,
     Draining,
     EngineFailed,
+    EngineTimeout,
     Forbidden,
     GatewayError,
     IndexAway,
@@ -26,6 +27,7 @@ from gateway.errors import (
     ModelNotFound,
     Overloaded,
     RateLimited,
+    RequestTimeout,
     RetrievalFailed,
     RetrievalRefused,
     RetrievalUnderWay,
@@ -110,7 +112,9 @@ _TO_STREAM = {
     for name in ("postChunks", "rankDocuments", "finishStream", "getStream", "cancelStream")
 }
 
-_BODY: tuple[type[GatewayError], ...] = (Unauthorized, BadRequest, BodyTooLarge)
+_BODY: tuple[type[GatewayError], ...] = (
+    Unauthorized, BadRequest, BodyTooLarge, RequestTimeout,
+)  # fmt: skip
 _ADMITTED = (*_BODY, RateLimited, Overloaded, Draining, EngineFailed)
 _NEW = (*_ADMITTED, Unsupported, ContextTooLong, ModelNotFound, RetrievalRefused)
 _OF_STREAM = (*_BODY, StreamNotFound, IndexAway, EngineFailed)
@@ -202,7 +206,7 @@ def _passed(path: str, name: str, summary: str, asked: str, **more: Any) -> Oper
         "post", path, name, summary, "OpenAI API",
         {200: Answer("The answer of the engine.", _PASSED)},
         body={JSON: {"type": "object", "properties": properties, "required": [asked]}},
-        errors=(*_ADMITTED, *errors),
+        errors=(*_ADMITTED, EngineTimeout, *errors),
         unrendered={400: _OF_ENGINE, 404: _OF_ENGINE, 422: _OF_ENGINE},
         **more,
     )  # fmt: skip
@@ -222,7 +226,7 @@ OPENAI = (
     Operation(
         "get", "/v1/models", "listModels", "The models of an engine", "OpenAI API",
         {200: Answer("The answer of the engine.", {JSON: {"type": "object"}})},
-        errors=(Unauthorized, Overloaded, EngineFailed),
+        errors=(Unauthorized, Overloaded, EngineFailed, EngineTimeout),
     ),
 )  # fmt: skip
 
@@ -273,7 +277,7 @@ COLLECTIONS = (
         "A passage whose id is there takes the place of the older one.",
         body={NDJSON: _PASSAGES},
         parameters=(_NAME,),
-        errors=(*_SEARCHED, BodyTooLarge, Forbidden),
+        errors=(*_SEARCHED, BodyTooLarge, RequestTimeout, Forbidden),
     ),
     Operation(
         "post", "/v1/collections/{name}/search", "searchCollection", "The nearest passages",
@@ -281,7 +285,7 @@ COLLECTIONS = (
         {200: Answer("Best first.", {JSON: shapes.PassageList})},
         body={JSON: Search},
         parameters=(_NAME,),
-        errors=(*_SEARCHED, BodyTooLarge),
+        errors=(*_SEARCHED, BodyTooLarge, RequestTimeout),
     ),
 )  # fmt: skip
 

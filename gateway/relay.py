@@ -10,7 +10,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway.answers import sse
-from gateway.errors import EngineFailed
+from gateway.errors import EngineFailed, EngineTimeout, GatewayError
 
 HOP_BY_HOP = frozenset(
     {
@@ -39,14 +39,21 @@ async def relay(
             seen(part)
             await response.write(part)
         await response.write_eof()
-    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, TimeoutError):
+    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, TimeoutError) as e:
         if answer.content_type == "text/event-stream":
-            broken = sse(EngineFailed("the answer broke off").to_json())
+            broken = sse(_why(e).to_json())
             await response.write(b"\n\n" + broken)  # it may have broken in the middle of an event
             await response.write_eof()
         elif request.transport is not None:
             request.transport.close()
     return response
+
+
+def _why(error: Exception) -> GatewayError:
+    """What a client is told of an answer that broke off."""
+    if isinstance(error, aiohttp.SocketTimeoutError):
+        return EngineTimeout("the engine was silent too long")
+    return EngineFailed("the answer broke off")
 
 
 async def _next(answer: aiohttp.ClientResponse, silence_s: float | None) -> bytes:

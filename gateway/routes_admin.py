@@ -54,7 +54,7 @@ def admin(gateway: web.Application, key_file: str | None) -> web.Application:
     """
     middleware = _guarded(None if key_file is None else _read_key(Path(key_file)))
     app = web.Application(middlewares=[middleware], client_max_size=MAX_BODY_BYTES)
-    app[GATEWAY] = gateway
+    app[GATEWAY], app[SETTINGS] = gateway, gateway[SETTINGS]
     app.add_routes([*_ROUTES, route(administration())])
     return app
 

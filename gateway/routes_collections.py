@@ -149,7 +149,7 @@ async def _passages(request: web.Request) -> list[Passage]:
     """
     settings = request.app[SETTINGS].now
     left, passages = settings.max_body_bytes, list[Passage]()
-    async for line in read_lines(request, settings.max_chunk_bytes):
+    async for line in read_lines(request, settings.max_chunk_bytes, settings.idle_timeout_s):
         left -= len(line)
         if left < 0:
             raise BodyTooLarge(f"the body has more than {settings.max_body_bytes} bytes")

@@ -12,9 +12,9 @@ from multidict import CIMultiDict
 
 from engine_adapter.errors import EngineUnavailable
 from gateway.bodies import read_body
-from gateway.errors import BadRequest, EngineFailed
+from gateway.errors import BadRequest, EngineFailed, EngineTimeout
 from gateway.identity import tenant_of
-from gateway.keys import ENGINES, SESSION, TENANTS
+from gateway.keys import ENGINES, SESSION, SETTINGS, TENANTS
 from gateway.limits import account_of, admit, body_limit
 from gateway.metering import PassedTokens
 from gateway.relay import relay
@@ -90,7 +90,7 @@ def _check_extensions(extensions: Any) -> None:
 async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
     engines = request.app[ENGINES]
     engine = engines.any()
-    timeout, tokens = aiohttp.ClientTimeout(total=None, connect=5.0), PassedTokens(body)
+    silence_s, tokens = request.app[SETTINGS].now.engine_timeout_s, PassedTokens(body)
     try:
         with engines.pool.passing(engine):
             try:
@@ -99,9 +99,12 @@ async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
                     engine.url + request.path_qs,
                     data=body or None,
                     headers=_headers(request),
-                    timeout=timeout,
+                    timeout=aiohttp.ClientTimeout(total=None, connect=5.0, sock_read=silence_s),
                     allow_redirects=False,
                 )
+            except aiohttp.SocketTimeoutError as e:
+                # Says nothing of the engine: what takes long is for clients to choose.
+                raise EngineTimeout(f"the engine was silent for {silence_s:g} s") from e
             except (aiohttp.ClientError, TimeoutError) as e:
                 engines.pool.told(engine, EngineUnavailable(str(e)))
                 raise EngineFailed(f"the engine can't be reached: {e}") from e

@@ -325,9 +325,10 @@ def _known(stream: Stream, name: str) -> Document:
 async def _one_request(request: web.Request) -> web.StreamResponse:
     """First line the request, then chunks, then `{"finish": true}`."""
     limit, account = chunk_limit(request), account_of(request)
+    idle_s = tenant_of(request).idle_s or request.app[SETTINGS].now.idle_timeout_s
     stream: Stream | None = None
     try:
-        async with aclosing(read_lines(request, limit)) as lines:
+        async with aclosing(read_lines(request, limit, idle_s)) as lines:
             first = must_have(await anext(lines, None), "the body is empty")
             stream = await _open(request, read(Create, first), kept=False)
             async for line in lines:

@@ -14,7 +14,8 @@ from contextlib import AsyncExitStack
 
 from aiohttp import web
 
-from gateway.keys import KEEPER, LIFECYCLE, RELOADER, SETTINGS, STREAMS
+from gateway.connections import listen
+from gateway.keys import KEEPER, LIFECYCLE, METRICS, RELOADER, SETTINGS, STREAMS
 from gateway.routes_admin import admin
 from gateway.settings import SettingsError
 
@@ -35,30 +36,28 @@ async def serve(app: web.Application) -> None:
     admins = admin(app, settings.admin_key_file) if settings.admin_port else None
     loop.add_signal_handler(signal.SIGINT, ended.set)
     async with AsyncExitStack() as running:
-        door = await _listen(running, app, settings.host, settings.port)
+        door = await _listening(running, app, app, settings.host, settings.port)
         if admins is not None:
-            await _listen(running, admins, settings.admin_host, settings.admin_port)
+            await _listening(running, admins, app, settings.admin_host, settings.admin_port)
             print(f"admin routes on http://{settings.admin_host}:{settings.admin_port}", flush=True)
         loop.add_signal_handler(signal.SIGTERM, _drain, app, loop, ended)
         loop.add_signal_handler(signal.SIGHUP, _reload, app)
         print(f"gateway on http://{settings.host}:{settings.port}", flush=True)
         await ended.wait()
         if app[LIFECYCLE].draining:
-            await door.stop()  # whoever comes now goes elsewhere at once
+            door.close()  # whoever comes now goes elsewhere at once
             await app[LIFECYCLE].quiet(settings.drain_timeout_s)
 
 
-async def _listen(
-    running: AsyncExitStack, app: web.Application, host: str, port: int
-) -> web.TCPSite:
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
-    )
+async def _listening(
+    running: AsyncExitStack, app: web.Application, gateway: web.Application, host: str, port: int
+) -> asyncio.Server:
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
     running.push_async_callback(runner.cleanup)
     await runner.setup()
-    site = web.TCPSite(runner, host, port)
-    await site.start()
-    return site
+    door = await listen(runner, host, port, gateway[SETTINGS], gateway[METRICS])
+    running.callback(door.close)
+    return door
 
 
 def _drain(app: web.Application, loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:

@@ -86,6 +86,18 @@ class Settings:
         "(default: none, on this machine only)",
     )
     max_streams: int = _setting(10_000, "streams at once; more are answered 503")
+    max_connections: int = _setting(
+        10_000, "connections of clients at once; more are answered 503 and closed"
+    )
+    client_timeout_s: float = _setting(
+        30.0,
+        "how long a client may take to send the head or the body of a request, or to take "
+        "what is sent to it",
+    )
+    keepalive_s: float = _setting(75.0, "a connection without a request so long is closed")
+    engine_timeout_s: float = _setting(
+        300.0, "an engine that is silent so long on a request passed through to it has failed"
+    )
     max_queued_tokens: int = _setting(
         1_000_000,
         "tokens that may wait to be computed at each engine; beyond, new streams are answered 503",
@@ -197,7 +209,8 @@ AT_RUN_TIME = frozenset(
         "drain_timeout_s", "max_streams", "max_chunk_bytes", "max_body_bytes", "idle_timeout_s",
         "poll_s", "poll_timeout_s", "heartbeat_s", "log_level",
         "handoff_min_tokens", "handoff_idle_tokens", "handoff_timeout_s", "max_queued_tokens",
-        "max_tokenizing_bytes", "resume_s", "max_stream_s",
+        "max_tokenizing_bytes", "resume_s", "max_stream_s", "max_connections", "client_timeout_s",
+        "keepalive_s", "engine_timeout_s",
     }
 )  # fmt: skip
 """What a running gateway can be told anew; the rest is read when it starts."""
@@ -205,11 +218,12 @@ AT_RUN_TIME = frozenset(
 _FROM_ONE = (
     "max_streams", "max_chunk_bytes", "max_body_bytes", "token_cache", "crawl_max_pages",
     "max_retrievals", "eject_after", "handoff_min_tokens", "max_queued_tokens",
-    "max_tokenizing_bytes",
+    "max_tokenizing_bytes", "max_connections",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "index_timeout_s", "idle_timeout_s", "keep_finished_s", "lease_s", "poll_s", "heartbeat_s",
     "retrieval_max_s", "poll_timeout_s", "handoff_timeout_s", "max_stream_s", "resume_s",
+    "client_timeout_s", "keepalive_s", "engine_timeout_s",
 )  # fmt: skip
 
 

@@ -86,6 +86,14 @@ class Metrics:
         self.errors = Counter(
             "stream2llm_errors_total", "Errors told to clients", ["code"], registry=self.registry
         )
+        self.connections = Gauge(
+            "stream2llm_connections", "Connections of clients", registry=self.registry
+        )
+        self.cut_readers = Counter(
+            "stream2llm_cut_readers_total",
+            "Connections cut off because the client did not take what was sent",
+            registry=self.registry,
+        )
         self.handoffs = Counter(
             "stream2llm_handoffs_total",
             "Answers by where they were to be decoded, here or elsewhere, and why",
