@@ -16,6 +16,7 @@ import logging
 import resource
 import socket
 from contextlib import suppress
+from typing import cast
 
 import orjson
 from aiohttp import web
@@ -87,8 +88,7 @@ class Connection(web.RequestHandler):
         return self._waiter is not None and not self._waiter.done()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._wire = transport
+        self._wire = cast(asyncio.Transport, transport)  # uvloop's is not derived of it
         self._door.open += 1
         self._door.metrics.connections.set(self._door.open)
         with suppress(OSError, AttributeError):  # not every system has it
@@ -176,9 +176,8 @@ class Refusal(asyncio.Protocol):
         self._waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._wire = transport
-        self._waiting = asyncio.get_running_loop().call_later(REFUSED_S, transport.abort)
+        self._wire = cast(asyncio.Transport, transport)
+        self._waiting = asyncio.get_running_loop().call_later(REFUSED_S, self._wire.abort)
 
     def data_received(self, data: bytes) -> None:
         assert self._wire is not None

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+import uvloop
 from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -127,6 +128,21 @@ async def test_a_head_byte_by_byte_is_a_408(model_dir: Path) -> None:
         writer.close()
         assert at.metric("stream2llm_errors_total", code="request_timeout") == 1
         assert await at.serves()
+
+
+async def test_deadlines_hold_on_the_loop_that_gateways_run_on(model_dir: Path) -> None:
+    async def told_off() -> None:
+        async with door(model_dir, max_connections=1) as at:
+            reader, writer = await at.connect()
+            writer.write(HEAD.encode())
+            refused, other = await at.connect()
+            other.write(HEAD.encode())
+            await told(refused, 503, "overloaded")
+            await told(reader, 408, "request_timeout")
+            writer.close()
+            other.close()
+
+    await asyncio.to_thread(uvloop.run, told_off())
 
 
 async def test_a_slow_head_behind_a_quick_request_is_a_408_too(model_dir: Path) -> None:
