@@ -14,7 +14,7 @@ bench-sim bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
     bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
-    bench-pools bench-failures bench-throughput soak report workload clean
+    bench-pools bench-failures bench-throughput soak measure-gpu report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -112,6 +112,9 @@ bench-retrieval: model ## crawls and rankings by the gateway, through a real eng
 
 workload: $(READY) ## 20,000 synthetic queries of each workload beside the published statistics
 	@$(BIN)/python -m loadtest.workload --queries 20000
+
+measure-gpu: $(READY) ## steps and copies of KV on this machine's GPU, and the cost model; some minutes
+	@$(BIN)/python -m loadtest.measure_gpu --out report/gpu
 
 report: model ## workloads against targets: tables and pictures in report/; OPTIONS="--targets simulated"
 	@$(BIN)/python -m loadtest.compare $(OPTIONS)

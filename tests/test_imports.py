@@ -22,6 +22,7 @@ ALLOWED = {
     "loadtest": {"deploy", "engine_adapter.client", "engine_adapter.messages",
                  "engine_adapter.operations", "engine_adapter.plain_client",
                  "engine_adapter.errors", "engine_adapter.simulated", "engine_adapter.scheduling",
+                 "engine_adapter.cost_files",
                  "cache_index", "retrieval", "gateway.client"},
 }  # fmt: skip
 
@@ -59,6 +60,8 @@ def test_only_the_plug_in_imports_vllm_and_only_the_side_of_it_that_must() -> No
         "engine_adapter/vllm/",
         "engine_adapter/simulated/",
         "loadtest/stock_streaming.py",  # vLLM without the plug-in, to compare with
+        "loadtest/gpu_model.py",  # vLLM's kernels, to time them
+        "loadtest/gpu_copies.py",
     )
     pure = (
         "engine_adapter/simulated/hardware.py",

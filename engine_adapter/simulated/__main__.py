@@ -11,9 +11,9 @@ from aiohttp import web
 
 from engine_adapter.scheduling.policies import DEFAULT_POLICY, POLICIES
 from engine_adapter.sessions import DEFAULT_OPEN_PROMPTS
-from engine_adapter.simulated.hardware import H100X2, H200X2, LLAMA_3_1_8B
+from engine_adapter.simulated.hardware import H100, H100X2, H200X2, LLAMA_3_1_8B
 
-HARDWARE = {"h100x2": H100X2, "h200x2": H200X2}
+HARDWARE = {"h100x2": H100X2, "h200x2": H200X2, "h100": H100}
 
 SHUTDOWN_S = 1.0
 """Answers under way get this long when the server is told to stop."""

@@ -134,3 +134,17 @@ STEP_OVERHEAD_S = 0.008
 _REACHED = (EFFICIENCY, ATTENTION_EFFICIENCY, STEP_OVERHEAD_S)
 H100X2 = Hardware("2x H100 SXM", 2, 989e12, 3.35e12, 80e9, *_REACHED)
 H200X2 = Hardware("2x H200 SXM", 2, 989e12, 4.8e12, 141e9, *_REACHED)
+
+H100 = Hardware(
+    "H100 80GB HBM3",
+    1,
+    989e12,
+    3.35e12,
+    80e9,
+    efficiency=0.635,
+    attention_efficiency=0.583,
+    step_overhead_s=0.0024,
+    host_efficiency=0.267,
+)
+"""One card, its constants fitted to what `loadtest.measure_gpu` measured on it: the model alone,
+without an engine's loop around it; KV moves as by vLLM's call for many copies."""
