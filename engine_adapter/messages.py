@@ -48,6 +48,11 @@ PromptState = Literal[
 else was written there. `expired`: the KV is gone; what another engine has read may not be it."""
 
 
+Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+"""Engines and the index can write down no other."""
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of everything on the wire."""
 
@@ -93,21 +98,21 @@ class Sampling(Message, frozen=True):
     `None` leaves a value to the engine's own default for its model.
     """
 
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: AtLeastOne | None = None
+    min_tokens: Int64 | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int64 | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Int64 | None = None
     stop: list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Int64] | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    logprobs: int | None = None
+    logit_bias: dict[Int64, float] | None = None
+    logprobs: Int64 | None = None
     """How many alternatives to report at each position; 0 reports the sampled token only."""
 
 
@@ -293,5 +298,5 @@ def decode(kind: type[M], body: bytes | str) -> M:
     """
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise BadOperation(f"not a valid {getattr(kind, '__name__', 'message')}: {e}") from e

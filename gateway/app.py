@@ -213,7 +213,8 @@ def _render(
         headers=error.headers | kept,
         content_type="application/json",
     )
-    if isinstance(error, BodyTooLarge | RequestTimeout):
+    broken = request.content.exception() is not None
+    if broken or isinstance(error, BodyTooLarge | RequestTimeout):
         response.force_close()  # the rest of the body is not read
     return response
 

@@ -71,12 +71,16 @@ async def _part(request: web.Request, due_s: float) -> bytes:
 
     Raises:
         RequestTimeout: it has not come at that time.
+        BadRequest: it is not encoded as its headers say.
     """
     try:
         async with asyncio.timeout(due_s - time.monotonic()):
             return await request.content.readany()
     except TimeoutError as e:
         raise RequestTimeout("the body did not arrive in time") from e
+    except web.RequestPayloadError as e:
+        request.content.feed_eof()  # else the server looks for the rest of it
+        raise BadRequest("the body is not encoded as its headers say") from e
 
 
 def _allowed_s(request: web.Request, arrived_bytes: int) -> float:

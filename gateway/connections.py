@@ -22,10 +22,12 @@ import orjson
 from aiohttp import web
 
 from gateway.errors import GatewayError, Overloaded, RequestTimeout
+from gateway.logs import only_own_errors
 from gateway.settings import Current
 from gateway.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
+logger.addFilter(only_own_errors)
 
 BACKLOG = 1024
 """Connections that the system holds until the gateway takes them."""

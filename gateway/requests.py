@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from engine_adapter.messages import Sampling
+from engine_adapter.messages import AtLeastOne, Int64, Sampling
 from gateway.errors import BadRequest, Unsupported
 from retrieval.merge import Drop
 from retrieval.ordering import OrderingName
@@ -31,23 +31,23 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to answer, with the names of chat completions."""
 
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: AtLeastOne | None = None
+    max_completion_tokens: AtLeastOne | None = None
+    min_tokens: Int64 | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int64 | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Int64 | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Int64] | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[Int64, float] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Int64 | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -240,12 +240,14 @@ def read(kind: type[T], body: bytes) -> T:
         raw = msgspec.json.decode(body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise BadRequest(f"the body is no valid JSON: {e}") from e
+    except RecursionError as e:
+        raise BadRequest("the body is nested too deeply") from e
     if not isinstance(raw, dict):
         raise BadRequest("the body must be a JSON object")
     for name in sorted(UNSUPPORTED & raw.keys()):
         raise Unsupported(f"{name} is not supported on streams", param=name)
     try:
-        return msgspec.convert(raw, kind)
+        return msgspec.convert(raw, kind, str_keys=True)
     except msgspec.ValidationError as e:
         if isinstance(e.__cause__, BadRequest):
             raise e.__cause__ from None

@@ -77,7 +77,10 @@ def _for_engines(body: bytes, tenant: Tenant) -> bytes:
     _check_extensions(raw.get("vllm_xargs"))
     if tenant.cache_salt is None:
         return body
-    return orjson.dumps(raw | {"cache_salt": tenant.cache_salt})
+    try:
+        return orjson.dumps(raw | {"cache_salt": tenant.cache_salt})
+    except orjson.JSONEncodeError as e:  # it writes fewer levels than it reads
+        raise BadRequest(f"the body can't be passed on: {e}") from e
 
 
 def _check_extensions(extensions: Any) -> None:

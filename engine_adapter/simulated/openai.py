@@ -115,7 +115,7 @@ class PlainRequests:
         body = decode(Body, await request.read())
         if body.messages is None:
             raise BadOperation("messages is missing")
-        tokens = tokens_of(orjson.dumps(body.messages).decode())
+        tokens = tokens_of(msgspec.json.encode(body.messages).decode())
         return await self._answered(request, body, tokens, chat=True)
 
     async def _answered(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import orjson
@@ -46,11 +46,12 @@ async def streamed(
 ) -> web.StreamResponse:
     """A response that is sent as it comes; the iterator is closed also if the client leaves."""
     response = web.StreamResponse(headers={"Content-Type": content_type})
-    async with aclosing(parts):
-        await response.prepare(request)
-        async for part in parts:
-            await response.write(part)
-    await response.write_eof()
+    with suppress(ConnectionError):
+        async with aclosing(parts):
+            await response.prepare(request)
+            async for part in parts:
+                await response.write(part)
+        await response.write_eof()
     return response
 
 
