@@ -103,7 +103,9 @@ class EngineClient:
         timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
         async with (
             translated(),
-            self._session.post(
+            answered(
+                self._session,
+                "POST",
                 self.url + path,
                 data=encode(op),
                 headers={"Content-Type": "application/json"},
@@ -132,7 +134,8 @@ class EngineClient:
     ) -> M:
         async with (
             translated(),
-            self._session.request(
+            answered(
+                self._session,
                 method,
                 self.url + PREFIX + path,
                 data=None if op is None else encode(op),
@@ -151,6 +154,23 @@ class EngineClient:
             raise EngineUnavailable(f"{self.url} does not speak this protocol: {e}") from e
 
 
+@asynccontextmanager
+async def answered(
+    session: aiohttp.ClientSession, method: str, url: str, **how: Any
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """The answer to a request that does no harm when it is carried out twice: it is sent again, on
+    another connection, where the first one breaks before the answer. Servers close idle connections
+    (vLLM's after 5 s), perhaps in the moment in which one is used again."""
+    try:
+        response = await session.request(method, url, **how)
+    except aiohttp.ClientConnectorError:  # nobody is there
+        raise
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+        response = await session.request(method, url, **how)
+    async with response:
+        yield response
+
+
 def decode_event(line: bytes) -> Event:
     """One line of an answer.
 
@@ -164,11 +184,15 @@ def decode_event(line: bytes) -> Event:
         raise EngineUnavailable(f"the engine sent a line that is no event: {e}") from e
 
 
+class _Refusal(msgspec.Struct):
+    error: dict[str, Any]
+
+
 def _error(body: bytes) -> EngineError:
     try:
-        error: dict[str, Any] = msgspec.json.decode(body)["error"]
+        error = msgspec.json.decode(body, type=_Refusal).error
         return EngineError.from_json(error)
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return EngineUnavailable(f"the engine answers {body[:200]!r}")
 
 

@@ -28,18 +28,12 @@ HEALTH_TIMEOUT_S = 1.0
 class DecodeClient:
     """One server. Shares a session that the caller owns and closes."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, url: str, *, kv_timeout_s: float = 20.0
-    ) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         """
         Args:
             url: where the server is, e.g. `http://127.0.0.1:8000`, without `/v1`.
-            kv_timeout_s: longest wait for the first token of an answer whose KV is elsewhere, the
-                time that the server lets it wait for its turn included. Well below the lease of
-                that KV: the server reads it also when its lease has run out, whatever is there.
         """
         self._server = PlainServer(session, url)
-        self._kv_timeout_s = kv_timeout_s
         self._met: _Met | None = None
         self._meeting = asyncio.Lock()
 
@@ -94,6 +88,9 @@ class DecodeClient:
     ) -> AsyncIterator[AsyncIterator[Event]]:
         """The answer to a whole prompt, from its first token on. Leaving the block aborts it.
 
+        How long the KV may take is for the caller to say. Once its lease has run out the server
+        still reads what is there, whatever that is by then.
+
         Raises:
             KvLost: the server is well, but did not get the KV. Nothing was sampled.
         """
@@ -122,13 +119,10 @@ class DecodeClient:
                 yield event
 
     async def _fetched(self, body: completions.Json, sampling: Sampling) -> AsyncGenerator[Event]:
-        """The events of an answer whose first one comes in time, or whose KV is lost."""
+        """The events of an answer, or word that its KV is lost."""
         async with aclosing(self._events(body, sampling)) as events:
             try:
-                async with asyncio.timeout(self._kv_timeout_s):
-                    first = await anext(events)
-            except TimeoutError as e:
-                raise KvLost(f"no token within {self._kv_timeout_s:g} s") from e
+                first = await anext(events)
             except EngineUnavailable as e:
                 await self._check(e)
                 raise KvLost(f"the KV of the prompt did not come: {e}") from e

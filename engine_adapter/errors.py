@@ -38,7 +38,7 @@ class EngineError(Exception):
     @staticmethod
     def from_json(error: dict[str, Any]) -> EngineError:
         """The error that `to_json` described; an unknown code gives a plain `EngineError`."""
-        details = {k: v for k, v in error.items() if k not in ("message", "code")}
+        details = {k: v for k, v in error.items() if k not in ("self", "message", "code")}
         kind = _BY_CODE.get(str(error.get("code")), EngineError)
         return kind(str(error.get("message", "engine error")), **details)
 

@@ -222,6 +222,11 @@ class KvEvents(Message, frozen=True):
     block_size: int
     """Tokens under one name."""
 
+    def __post_init__(self) -> None:
+        bytes.fromhex(self.hash_root)  # raises ValueError
+        if self.block_size < 1:
+            raise ValueError("a block has at least one token")
+
 
 class Blocks(Message, frozen=True):
     """The blocks that the prefix cache could find at one moment between two steps."""

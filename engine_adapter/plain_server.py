@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-from engine_adapter.client import MAX_EVENT_BYTES, translated
+from engine_adapter.client import MAX_EVENT_BYTES, answered, translated
 from engine_adapter.completions import Completion, Json, read, refused, warming
 from engine_adapter.errors import BadOperation, EngineUnavailable
 
@@ -223,7 +223,9 @@ class PlainServer:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         async with (
             translated(),
-            self._session.post(
+            answered(
+                self._session,
+                "POST",
                 self.url + COMPLETIONS,
                 data=msgspec.json.encode(body),
                 headers={"Content-Type": "application/json"},

@@ -127,6 +127,8 @@ class StreamingPrompts(Generic[P]):
                 await self.sessions.look_after_handed_over()
             except EngineError as e:  # the engine may answer again
                 logger.warning("leases could not be looked after: %s", e)
+            except Exception:  # whatever it was: no lease would ever end again
+                logger.exception("leases could not be looked after")
 
     async def stop(self) -> None:
         """End what `start` has begun."""

@@ -21,7 +21,7 @@ from gateway import limits, routes_collections, routes_openai, routes_streams
 from gateway.accounts import Accounts
 from gateway.builders import builder_for
 from gateway.engines import AnyEngine
-from gateway.errors import BadRequest, BodyTooLarge, GatewayError, RequestTimeout
+from gateway.errors import BadRequest, BodyTooLarge, Draining, GatewayError, RequestTimeout
 from gateway.guard import Guard
 from gateway.identity import identified
 from gateway.keeper import Keeper
@@ -46,7 +46,7 @@ from gateway.keys import (
     TENANTS,
     TOKENIZERS,
 )
-from gateway.lifecycle import Lifecycle, counting
+from gateway.lifecycle import ENDS, Lifecycle, counting
 from gateway.openapi import route
 from gateway.openapi_routes import public
 from gateway.placement import Engines
@@ -58,6 +58,7 @@ from gateway.retrieving import Retrievals
 from gateway.routes_admin import metrics_of
 from gateway.settings import Current, Settings
 from gateway.streams import Streams
+from gateway.tasks import begin
 from gateway.telemetry import Metrics
 from gateway.tenants import Tenants
 from gateway.tracing import passing_on, traced
@@ -67,6 +68,9 @@ from retrieval.embedding import Embedder, EmbedderMissing, MiniLm
 logger = logging.getLogger(__name__)
 
 TOKENIZER_THREADS = 2
+IDLE_S = 4.0
+"""Connections that were idle for longer are not used again: engines close them (vLLM after 5 s),
+and one that is used in that moment takes the request with it."""
 
 
 def build(
@@ -101,22 +105,24 @@ def build(
         app.add_routes(routes_collections.routes)
     app.add_routes([route(public(collections=settings.collections is not None))])
     app.on_response_prepare.extend((limits.tell_limits, _last_on_its_connection))
+    app.on_shutdown.append(_cut_off)
     app.cleanup_ctx.append(partial(_running, read_again=read_again or (lambda: settings)))
     return app
 
 
 async def _running(app: web.Application, read_again: Callable[[], Settings]) -> AsyncIterator[None]:
-    """Everything that lives as long as the gateway, begun and ended in order."""
+    """Everything that lives as long as the gateway, begun in order, and ended in the opposite one:
+    each, also where another fails."""
     settings, metrics = app[SETTINGS].now, app[METRICS]
     index = open_index(settings.index, timeout_s=settings.index_timeout_s)
     guard = Guard(timeout_s=settings.index_timeout_s, metrics=metrics)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
-    async with (
-        aiohttp.ClientSession(
-            connector=connector, auto_decompress=False, trace_configs=[passing_on()]
-        ) as session,
-        AsyncExitStack() as closing,
-    ):
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
+    async with AsyncExitStack() as closing:
+        session = await closing.enter_async_context(
+            aiohttp.ClientSession(
+                connector=connector, auto_decompress=False, trace_configs=[passing_on()]
+            )
+        )
         closing.push_async_callback(index.close)
         keeper = Keeper(
             index,
@@ -141,31 +147,30 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
                 user.use(settings)
             logging.getLogger().setLevel(settings.log_level.upper())
 
-        with ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer") as executor:
-            app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
-            app[EXECUTOR], app[KEEPER], app[RETRIEVALS] = executor, keeper, retrievals
-            app[TOKENIZERS] = tokenizers
-            app[RELOADER] = Reloader(app[SETTINGS], pool, app[TENANTS], read_again, use)
-            await pool.start(
-                Callbacks(
-                    lost=streams.engine_lost,
-                    left=streams.leave,
-                    seen=seen,
-                    removed=prefixes.unfollow,
-                )
-            )
-            await keeper.start(streams.keep_again)
-            await streams.start()
-            loading = asyncio.create_task(_load_embedder(app.get(COLLECTIONS)))
-            yield
-            loading.cancel()
-            await app[LIFECYCLE].stop()
-            await retrievals.stop()
-            await streams.stop()
-            await keeper.stop()
-            await pool.stop()
-            await tokenizers.stop()
-            await prefixes.stop()
+        executor = closing.enter_context(ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer"))
+        app[SESSION], app[STREAMS], app[ENGINES] = session, streams, engines
+        app[EXECUTOR], app[KEEPER], app[RETRIEVALS] = executor, keeper, retrievals
+        app[TOKENIZERS] = tokenizers
+        app[RELOADER] = Reloader(app[SETTINGS], pool, app[TENANTS], read_again, use)
+        callbacks = Callbacks(
+            lost=streams.engine_lost, left=streams.leave, seen=seen, removed=prefixes.unfollow
+        )
+        for stop in (prefixes.stop, tokenizers.stop, pool.stop, keeper.stop, streams.stop):
+            closing.push_async_callback(stop)
+        closing.push_async_callback(retrievals.stop)
+        closing.push_async_callback(app[LIFECYCLE].stop)
+        await pool.start(callbacks)
+        await keeper.start(streams.keep_again)
+        await streams.start()
+        loading = begin(_load_embedder(app.get(COLLECTIONS)), "loading the embedder")
+        closing.callback(loading.cancel)
+        yield
+
+
+async def _cut_off(app: web.Application) -> None:
+    """Before the connections of requests that are still under way break."""
+    app[LIFECYCLE].end()
+    await app[STREAMS].cut_off(Draining(ENDS))
 
 
 async def _load_embedder(collections: Collections | None) -> None:

@@ -26,8 +26,8 @@ async def builder_for(app: web.Application, model: str) -> PromptBuilder:
         builders[model] = asyncio.get_running_loop().run_in_executor(app[EXECUTOR], make)
     try:
         return await asyncio.shield(builders[model])
-    except (OSError, ValueError) as e:
-        del builders[model]
+    except Exception as e:  # libraries raise whatever they like
+        builders.pop(model, None)
         raise EngineFailed(
             f"no tokenizer for {model!r}: {e}. Set --tokenizer to its folder or name"
         ) from e

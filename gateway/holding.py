@@ -47,6 +47,7 @@ from gateway.placement import Engine, ModelPlacer
 from gateway.record import Ledger
 from gateway.relay import end_to_end, relay
 from gateway.stream import ALIVE, Stream
+from gateway.tasks import begin
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,8 @@ async def _send_on(
         allow_redirects=False,
     )
     try:
-        answer = await _watched(asyncio.ensure_future(sent), app[KEEPER], holder)
+        async with app[LIFECYCLE].until_the_end():
+            answer = await _watched(asyncio.ensure_future(sent), app[KEEPER], holder)
     except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorDNSError) as e:
         raise EngineFailed("the replica that holds the stream can't be reached") from e
     except aiohttp.ClientConnectorError as e:  # refused: nobody listens there any more
@@ -223,6 +225,8 @@ def _hung_up(app: web.Application, request: web.Request, holder: str) -> None:
     client or only this replica, so it is told."""
     if not request.path.endswith("/finish") or HEADER in request.headers:
         return  # an answer with an idempotency key waits for its client to come back
+    if app[LIFECYCLE].ending:
+        return  # not the client's doing
 
     async def told() -> None:
         url = holder + request.path.removesuffix("/finish")
@@ -230,7 +234,7 @@ def _hung_up(app: web.Application, request: web.Request, holder: str) -> None:
         with suppress(aiohttp.ClientError, TimeoutError):
             await app[SESSION].delete(url, headers=headers, timeout=timeout)
 
-    task = asyncio.create_task(told())
+    task = begin(told(), "telling a replica that a client is gone")
     app[TELLING].add(task)
     task.add_done_callback(app[TELLING].discard)
 

@@ -18,6 +18,7 @@ from cache_index.index import IndexUnavailable, ReplicaIndex, Stale, StreamIndex
 from gateway.errors import IndexAway
 from gateway.guard import Guard
 from gateway.record import Kept, Ledger
+from gateway.tasks import again_and_again, begin
 from gateway.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,11 @@ class Keeper:
         """
         await self._beat()
         self._returned = returned
-        self._beating = asyncio.create_task(self._beat_on())
+        self._beating = asyncio.create_task(
+            again_and_again(
+                self._beat, lambda: RETRY_S if self._guard.away else BEAT_S, "the heartbeat"
+            )
+        )
 
     async def stop(self) -> None:
         """End what `start` has begun, and tell the others."""
@@ -228,11 +233,6 @@ class Keeper:
 
     # This replica.
 
-    async def _beat_on(self) -> None:
-        while True:
-            await asyncio.sleep(RETRY_S if self._guard.away else BEAT_S)
-            await self._beat()
-
     async def _beat(self) -> None:
         """Renew this replica's lease; notice an index that comes back or has forgotten."""
         was_away = self._guard.away
@@ -244,10 +244,4 @@ class Keeper:
             self._recovered_s = time.monotonic()
             if self._rewriting is None or self._rewriting.done():
                 logger.warning("the index is back: every stream is written anew")
-                self._rewriting = asyncio.create_task(self._returned())
-                self._rewriting.add_done_callback(_log_failure)
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (e := task.exception()) is not None:
-        logger.error("streams could not be written anew: %r", e)
+                self._rewriting = begin(self._returned(), "writing every stream anew")

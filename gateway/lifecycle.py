@@ -4,6 +4,9 @@ Drained, it says that it is not ready, refuses new streams, and lets what is und
 requests that are passed through, retrievals. Open streams go on at another replica, as soon as
 there is one and they are between two requests; where there is none they have to end here, unless
 whoever is started next can go on with them.
+
+What is still under way when the gateway ends, drained or not, is cut off: clients are told to ask
+another replica, which finds the stream as it was before its `finish`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -21,6 +24,7 @@ from gateway.errors import Draining, IndexAway
 from gateway.keeper import Keeper
 from gateway.settings import Current
 from gateway.streams import Streams
+from gateway.tasks import begin
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +38,13 @@ NEW = frozenset(
 """What is refused while the gateway is drained; all else belongs to what is open."""
 WATCHING = frozenset({"/health", "/ready", "/metrics"})
 """Requests that nobody has to wait for."""
+ENDS = "this gateway ends: ask another one"
 LOOK_S = 0.05
 QUIET_S = 0.5
 """Behind the last request, before connections that are still there are closed: closed in the moment
 in which a client uses it, one would take the request with it."""
+LAST_S = 5.0
+"""Longest wait for that."""
 
 
 class Lifecycle:
@@ -45,10 +52,13 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.draining = False
+        self.ending = False
+        """Nothing is answered any more; that connections break says nothing of clients."""
         self.requests = 0
         """Under way."""
         self._last_s = -float("inf")
         self._drain: asyncio.Task[bool] | None = None
+        self._waits: set[asyncio.Timeout] = set()
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -65,16 +75,50 @@ class Lifecycle:
         if self._drain is None:
             self.draining = True
             logger.warning("drained: no new streams from now on")
-            self._drain = asyncio.create_task(self._drained(current, streams, keeper))
+            self._drain = begin(self._drained(current, streams, keeper), "the drain")
         return self._drain
 
-    async def quiet(self, within_s: float) -> None:
+    @property
+    def drained(self) -> bool:
+        """Whether a drain has come to its end in time."""
+        drain = self._drain
+        return drain is not None and drain.done() and not drain.cancelled() and drain.result()
+
+    async def quiet(self) -> None:
         """Wait until nobody has asked anything for a while, if that comes in time."""
-        deadline_s = time.monotonic() + within_s
+        deadline_s = time.monotonic() + LAST_S
         while (now_s := time.monotonic()) < deadline_s:
             if not self.requests and now_s > self._last_s + QUIET_S:
                 return
             await asyncio.sleep(LOOK_S)
+
+    def end(self) -> None:
+        """The gateway ends: nobody waits for anybody any longer."""
+        if self.ending:
+            return
+        self.draining = self.ending = True
+        for wait in self._waits:
+            wait.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def until_the_end(self) -> AsyncIterator[None]:
+        """While a request waits for others.
+
+        Raises:
+            Draining: the gateway ends first.
+        """
+        wait = asyncio.timeout(0 if self.ending else None)
+        try:
+            async with wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError as e:
+            if wait.expired():
+                raise Draining(ENDS) from e
+            raise
 
     async def stop(self) -> None:
         """End a drain that is under way."""
@@ -115,6 +159,8 @@ def counting(lifecycle: Lifecycle) -> Middleware:
         if request.path in WATCHING:
             return await handler(request)
         with lifecycle.request():
+            if lifecycle.ending:
+                raise Draining(ENDS)
             if lifecycle.draining and (request.method, request.path) in NEW:
                 raise Draining("this gateway takes no new streams: it is about to end")
             return await handler(request)

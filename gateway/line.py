@@ -17,6 +17,7 @@ from typing import Protocol
 
 from engine_adapter.errors import (
     EngineError,
+    EngineOverloaded,
     EngineUnavailable,
     PromptExists,
     PromptFinished,
@@ -35,6 +36,7 @@ from engine_adapter.messages import (
 )
 from engine_adapter.operations import Operations
 from gateway.engines import Engine
+from gateway.errors import EngineFailed
 from gateway.handoff import Decoders
 from gateway.prompt import difference
 from gateway.routing import Decision
@@ -113,6 +115,7 @@ class Line:
         self._contested = contested
         self._metrics = metrics
         self._avoid: set[Engine] = set()
+        self._full: EngineOverloaded | None = None  # said by one of these
         self._bringing = asyncio.Lock()
         self._sent: list[int] | None = None  # tokens of the newest operation; None: not open
         self._version = -1
@@ -172,10 +175,11 @@ class Line:
                 prompt_id = self.prompt_id
                 try:
                     if self.engine is None:
-                        self.connect(*await self._placer.place(wanted, self._avoid))
+                        await self._find_engine(wanted)
                     prompt_id = self.prompt_id
                     await self._send(wanted)
                     self._avoid.clear()
+                    self._full = None
                     return
                 except EngineError as e:
                     if attempt == MAX_ATTEMPTS - 1:
@@ -214,6 +218,14 @@ class Line:
                         continue
                 if prompt_id == self.prompt_id:
                     await self._recover(e)
+
+    async def _find_engine(self, wanted: list[int]) -> None:
+        try:
+            self.connect(*await self._placer.place(wanted, self._avoid))
+        except EngineFailed as e:
+            if self._full is not None:  # there are engines, but none has room
+                raise self._full from e
+            raise
 
     async def _send(self, wanted: list[int]) -> None:
         """One operation."""
@@ -281,6 +293,10 @@ class Line:
                     logger.warning(
                         "stream %s leaves %s: %s", self._stream_id, self.engine.url, error
                     )
+                self.leave()
+            case EngineOverloaded() if self.engine is not None:
+                logger.info("stream %s leaves %s: %s", self._stream_id, self.engine.url, error)
+                self._full = error
                 self.leave()
             case _:
                 raise error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,15 +91,20 @@ class Engines:
         Raises:
             Overloaded, EngineFailed, ModelNotFound
         """
-        fit = self.serving(model)
+        self.serving(model)
+        if not self._has_room(model, alive):
+            raise Overloaded(f"every engine of {model!r} has as many streams as it may")
+
+    def _has_room(self, model: str, alive: int) -> bool:
+        """Whether the engines of a model may have one more stream or request than they have, and
+        will have when all streams are placed."""
         most = self.pool.most_streams
         if most is None:
-            return
-        placed = sum(engine.streams for engine in self.pool.members if engine.serves(model))
-        unplaced = alive - placed
-        room = sum(max(most - engine.load, 0) for engine in fit)
-        if room <= max(unplaced, 0):
-            raise Overloaded(f"every engine of {model!r} has as many streams as it may")
+            return True
+        serving = [engine for engine in self.pool.members if engine.serves(model)]
+        unplaced = max(alive - sum(engine.streams for engine in serving), 0)
+        fit = (engine for engine in serving if isinstance(engine, Engine) and engine.takes)
+        return sum(max(most - engine.load, 0) for engine in fit) > unplaced
 
     async def place(
         self, model: str, tokens: Sequence[int], avoid: set[Engine], salt: str | None = None
@@ -123,6 +128,7 @@ class Engines:
             fit = [engine for engine in fit if engine.takes]  # time has passed
             if not fit:
                 raise EngineFailed("no engine can be reached")
+            fit = [engine for engine in fit if self.pool.has_room(engine)] or fit
         candidates = [engine.candidate(held.get(engine.url, 0)) for engine in fit]
         best, scores = POLICIES[self.policy](candidates, len(tokens), self._placed)
         engine = fit[candidates.index(best)]
@@ -133,19 +139,23 @@ class Engines:
             self._prefixes.sent(engine, tokens, salt)
         return engine, Decision(self.policy, engine.url, len(tokens), scores)
 
-    def any(self) -> Engine:
+    def any(self, among: Sequence[Engine], alive: Callable[[str], int]) -> Engine:
         """The engine with the least to do, for a request that is passed through.
 
+        Args:
+            among: engines that answer.
+            alive: streams of a model that have not ended, placed or not.
+
         Raises:
-            EngineFailed: no engine answers.
+            EngineFailed: none takes requests.
             Overloaded: none has room.
         """
-        if not self.ready:
-            raise EngineFailed("no engine can be reached")
-        fit = [engine for engine in self.ready if engine.takes]
+        fit = [engine for engine in among if engine.takes]
         if not fit:
             raise EngineFailed("no engine takes requests now")
-        fit = [engine for engine in fit if self.pool.has_room(engine)]
+        models = {engine.info.model for engine in fit if engine.info is not None}
+        roomy = {model for model in models if self._has_room(model, alive(model))}
+        fit = [e for e in fit if self.pool.has_room(e) and e.info and e.info.model in roomy]
         if not fit:
             raise Overloaded("every engine has as many requests as it may")
         engine = min(fit, key=lambda engine: engine.load)

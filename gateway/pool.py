@@ -19,11 +19,13 @@ import aiohttp
 
 from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError, EngineUnavailable, WithoutPlugin
+from engine_adapter.messages import EngineInfo
 from engine_adapter.operations import Decoding
 from engine_adapter.plain_client import PlainClient
 from gateway.engines import AnyEngine, DecodeEngine, Engine, Member, Role
 from gateway.errors import EngineFailed, EngineThere, NoSuchEngine
 from gateway.settings import Settings
+from gateway.tasks import again_and_again, begin
 from gateway.telemetry import Metrics
 from gateway.watching import WatchedDecoding, WatchedEngine
 
@@ -92,7 +94,7 @@ class Pool:
         first = [self._watch(engine) for engine in self.members]
         if first:
             await asyncio.wait(first, timeout=FIRST_ANSWERS_S)
-        self._reporting = asyncio.create_task(self._report())
+        self._reporting = begin(self._report(), "the report of engines")
 
     async def stop(self) -> None:
         """End the tasks."""
@@ -112,14 +114,15 @@ class Pool:
         """Returns what is done when it has been asked for the first time."""
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        async def watch() -> None:
-            while True:
+        async def look() -> None:
+            try:
                 await self.check(engine)
+            finally:
                 if not asked.done():
                     asked.set_result(None)
-                await asyncio.sleep(self._settings.poll_s)
 
-        self._watching[engine.url] = asyncio.create_task(watch())
+        watching = again_and_again(look, lambda: self._settings.poll_s, f"watching {engine.url}")
+        self._watching[engine.url] = asyncio.create_task(watching)
         return asked
 
     async def _report(self) -> None:
@@ -243,7 +246,8 @@ class Pool:
         self._stop_drain(engine)
         engine.draining = True
         logger.info("engine %s is drained: %d streams are there", engine.url, engine.streams)
-        self._draining[engine.url] = asyncio.create_task(self._drained(engine))
+        draining = self._drained(engine)
+        self._draining[engine.url] = begin(draining, f"the drain of {engine.url}")
         self._show(engine)
 
     def undrain(self, engine: AnyEngine) -> None:
@@ -287,7 +291,7 @@ class Pool:
         """Ask an engine for its info and act on what changed."""
         before = engine.info
         try:
-            info = await engine.client.info(timeout_s=self._settings.poll_timeout_s)
+            info = await self._info(engine)
         except EngineError as e:
             engine.info = None
             _log_trouble(engine, e)
@@ -304,6 +308,14 @@ class Pool:
         if before is not None and not (same and engine.info.instance_id == before.instance_id):  # type: ignore[union-attr]
             self._callbacks.lost(engine)
         self._callbacks.seen(engine)
+
+    async def _info(self, engine: AnyEngine) -> EngineInfo:
+        try:
+            return await engine.client.info(timeout_s=self._settings.poll_timeout_s)
+        except EngineError:
+            raise
+        except Exception as e:  # whatever it says: what can't be read is no answer
+            raise EngineUnavailable(f"what it says of itself can't be read: {e!r}") from e
 
     def told(self, engine: AnyEngine, error: EngineUnavailable | None) -> None:
         """An operation there has failed, or has not."""

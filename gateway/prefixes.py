@@ -17,6 +17,7 @@ from cache_index.names import Hashing, packed
 from engine_adapter.messages import KvEvents
 from gateway.engines import AnyEngine, Engine
 from gateway.guard import Guard
+from gateway.tasks import begin
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,9 @@ class Prefixes:
         """What an engine holds is of no use any more."""
         self._under_way.pop(engine.url, None)
         if (following := self._following.pop(engine.url, None)) is not None:
-            stopping = asyncio.create_task(self._stop_following(engine.url, following))
+            stopping = begin(
+                self._stop_following(engine.url, following), f"following {engine.url} no more"
+            )
             self._stopping.add(stopping)
             stopping.add_done_callback(self._stopping.discard)
 

@@ -57,10 +57,11 @@ class Tokenizers:
         while True:
             try:
                 await self._load(model)
-            except EngineFailed as e:
-                if self._missing[model] != e.message:
-                    logger.error("%s", e.message)
-                self._missing[model] = e.message
+            except Exception as e:  # also one that nobody thought of may be over the next time
+                why = e.message if isinstance(e, EngineFailed) else repr(e)
+                if self._missing[model] != why:
+                    logger.error("%s", why)
+                self._missing[model] = why
                 await asyncio.sleep(AGAIN_S)
             else:
                 took_s = time.monotonic() - begun_s

@@ -10,7 +10,8 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway.answers import sse
-from gateway.errors import EngineFailed, EngineTimeout, GatewayError
+from gateway.errors import Draining, EngineFailed, EngineTimeout, GatewayError
+from gateway.keys import LIFECYCLE
 
 HOP_BY_HOP = frozenset(
     {
@@ -35,11 +36,12 @@ async def relay(
     response = web.StreamResponse(status=answer.status, headers=end_to_end(answer.headers))
     await response.prepare(request)
     try:
-        while part := await _next(answer, silence_s):
-            seen(part)
-            await response.write(part)
+        async with request.app[LIFECYCLE].until_the_end():
+            while part := await _next(answer, silence_s):
+                seen(part)
+                await response.write(part)
         await response.write_eof()
-    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, TimeoutError) as e:
+    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, TimeoutError, Draining) as e:
         if answer.content_type == "text/event-stream":
             broken = sse(_why(e).to_json())
             await response.write(b"\n\n" + broken)  # it may have broken in the middle of an event
@@ -51,6 +53,8 @@ async def relay(
 
 def _why(error: Exception) -> GatewayError:
     """What a client is told of an answer that broke off."""
+    if isinstance(error, GatewayError):
+        return error
     if isinstance(error, aiohttp.SocketTimeoutError):
         return EngineTimeout("the engine was silent too long")
     return EngineFailed("the answer broke off")

@@ -156,6 +156,7 @@ class KeptAnswer:
         if self._stream.retrieval is not None:
             await self._stream.retrieval.ended()
         await self._stream.finish(self._options)
+        await self._stream.keep()
 
     def _break_off(self, reason: BaseException) -> None:
         if isinstance(reason, GatewayError | Moved):

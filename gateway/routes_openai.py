@@ -14,9 +14,10 @@ from engine_adapter.errors import EngineUnavailable
 from gateway.bodies import read_body
 from gateway.errors import BadRequest, EngineFailed, EngineTimeout
 from gateway.identity import tenant_of
-from gateway.keys import ENGINES, SESSION, SETTINGS, TENANTS
+from gateway.keys import ENGINES, LIFECYCLE, SESSION, SETTINGS, STREAMS, TENANTS
 from gateway.limits import account_of, admit, body_limit
 from gateway.metering import PassedTokens
+from gateway.models import Cards, engines_of, listed
 from gateway.relay import relay
 from gateway.requests import Create, read
 from gateway.routes_streams import completion
@@ -37,7 +38,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, body_limit(request))
     if b'"retrieval"' in body and _has_retrieval(body):
         return await completion(request, read(Create, body))
-    return await _pass(request, _for_engines(body, tenant_of(request)))
+    return await _pass(request, *_for_engines(body, tenant_of(request)))
 
 
 def _has_retrieval(body: bytes) -> bool:
@@ -51,16 +52,22 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """Passed through."""
     admit(request, stream=False)
     body = await read_body(request, body_limit(request))
-    return await _pass(request, _for_engines(body, tenant_of(request)))
+    return await _pass(request, *_for_engines(body, tenant_of(request)))
 
 
 async def models(request: web.Request) -> web.StreamResponse:
-    """Passed through."""
-    return await _pass(request, b"")
+    """All models of all engines, once each."""
+    lists = await listed(request.app, _headers(request))
+    if not lists:
+        raise EngineFailed("no engine can be reached")
+    cards: Cards = {}
+    for more in lists.values():
+        cards = more | cards
+    return web.json_response({"object": "list", "data": list(cards.values())})
 
 
-def _for_engines(body: bytes, tenant: Tenant) -> bytes:
-    """A body as engines get it: with the tenant's salt, if it has one.
+def _for_engines(body: bytes, tenant: Tenant) -> tuple[bytes, object]:
+    """A body as engines get it, with the tenant's salt if it has one, and the model that it names.
 
     Raises:
         BadRequest: it is no JSON object, or has what is not for clients.
@@ -75,10 +82,11 @@ def _for_engines(body: bytes, tenant: Tenant) -> bytes:
         if raw.get(name) is not None:
             raise BadRequest(f"{name} is not for clients", param=name)
     _check_extensions(raw.get("vllm_xargs"))
+    model = raw.get("model")
     if tenant.cache_salt is None:
-        return body
+        return body, model
     try:
-        return orjson.dumps(raw | {"cache_salt": tenant.cache_salt})
+        return orjson.dumps(raw | {"cache_salt": tenant.cache_salt}), model
     except orjson.JSONEncodeError as e:  # it writes fewer levels than it reads
         raise BadRequest(f"the body can't be passed on: {e}") from e
 
@@ -90,21 +98,22 @@ def _check_extensions(extensions: Any) -> None:
             raise BadRequest(f"{name} is not for clients", param="vllm_xargs")
 
 
-async def _pass(request: web.Request, body: bytes) -> web.StreamResponse:
-    engines = request.app[ENGINES]
-    engine = engines.any()
-    silence_s, tokens = request.app[SETTINGS].now.engine_timeout_s, PassedTokens(body)
+async def _pass(request: web.Request, body: bytes, model: object) -> web.StreamResponse:
+    app, engines = request.app, request.app[ENGINES]
+    engine = engines.any(await engines_of(app, model, _headers(request)), app[STREAMS].alive)
+    silence_s, tokens = app[SETTINGS].now.engine_timeout_s, PassedTokens(body)
     try:
         with engines.pool.passing(engine):
             try:
-                answer = await request.app[SESSION].request(
-                    request.method,
-                    engine.url + request.path_qs,
-                    data=body or None,
-                    headers=_headers(request),
-                    timeout=aiohttp.ClientTimeout(total=None, connect=5.0, sock_read=silence_s),
-                    allow_redirects=False,
-                )
+                async with app[LIFECYCLE].until_the_end():
+                    answer = await app[SESSION].request(
+                        request.method,
+                        engine.url + request.path_qs,
+                        data=body or None,
+                        headers=_headers(request),
+                        timeout=aiohttp.ClientTimeout(total=None, connect=5.0, sock_read=silence_s),
+                        allow_redirects=False,
+                    )
             except aiohttp.SocketTimeoutError as e:
                 # Says nothing of the engine: what takes long is for clients to choose.
                 raise EngineTimeout(f"the engine was silent for {silence_s:g} s") from e

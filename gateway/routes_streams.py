@@ -34,7 +34,7 @@ from gateway.errors import (
 from gateway.holding import on_stream
 from gateway.identity import is_forwarded, tenant_of
 from gateway.keeper import Moved
-from gateway.keys import ENGINES, LOAD, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.keys import ENGINES, LIFECYCLE, LOAD, METRICS, RETRIEVALS, SETTINGS, STREAMS
 from gateway.limits import account_of, admit, body_limit, chunk_limit
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
@@ -254,6 +254,7 @@ async def _open(
     prompt = await builder.frame(body.messages)
     placer = ModelPlacer(app[ENGINES], body.model, tenant.cache_salt)
     options = merged(Options(), body)
+    app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))  # others may have come since
     stream = app[STREAMS].create(
         tenant, body.model, prompt, placer, options, kept=kept, stream_id=stream_id
     )
@@ -368,14 +369,18 @@ async def completion(request: web.Request, body: Create) -> web.StreamResponse:
 
 async def _complete(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
     """Close the input, once what the gateway retrieves itself is in it, and answer."""
-    if stream.retrieval is not None:
-        try:
-            await stream.retrieval.ended()
-        except asyncio.CancelledError:  # the client is gone
+    lifecycle = request.app[LIFECYCLE]
+    try:
+        if stream.retrieval is not None:
+            async with lifecycle.until_the_end():
+                await stream.retrieval.ended()
+        await stream.finish(options)
+    except asyncio.CancelledError:
+        client_gone = not (lifecycle.ending or is_forwarded(request))
+        if client_gone and stream.state == "open":
             with suppress(Moved):
                 await stream.cancel()
-            raise
-    await stream.finish(options)
+        raise
     return await _answer(request, stream, options)
 
 
@@ -383,6 +388,7 @@ async def _answer(request: web.Request, stream: Stream, options: Options) -> web
     """Send the answer. A client that goes away cancels the stream; a replica that passes the answer
     on and goes away gives the client the chance to ask another."""
     try:
+        await stream.keep()
         if options.stream is False:
             return await _whole(request, stream)
         return await _sse(request, stream, options)

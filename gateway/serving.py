@@ -46,7 +46,8 @@ async def serve(app: web.Application) -> None:
         await ended.wait()
         if app[LIFECYCLE].draining:
             door.close()  # whoever comes now goes elsewhere at once
-            await app[LIFECYCLE].quiet(settings.drain_timeout_s)
+        if app[LIFECYCLE].drained:
+            await app[LIFECYCLE].quiet()
 
 
 async def _listening(

@@ -249,7 +249,10 @@ class Stream:
         self.account.spend(tokens)
 
     async def finish(self, options: Options) -> None:
-        """Close the input and begin the answer; `next_event` gives it.
+        """Close the input and begin the answer; `next_event` gives it. Nobody waits for the index:
+        whoever asked has yet to `keep` the stream.
+
+        A caller that is cancelled here has closed nothing.
 
         Raises:
             InputClosed, ContextTooLong, EngineFailed
@@ -261,8 +264,7 @@ class Stream:
             self.state = "finishing"
             self.touched_s = time.monotonic()
             self._answering.ask(options.sampling())
-            self._start()  # nobody waits for the index
-            await self.keep()
+            self._start()
 
     async def next_event(self, timeout_s: float) -> Event | None:
         """The next event of the answer, or None if none comes in time. A `DoneEvent` or an
@@ -389,6 +391,24 @@ class Stream:
         self._free(engine, prompt_id)
         with suppress(Moved):
             await self.keep()
+
+    async def cut_off(self, reason: GatewayError, *, shared: bool) -> None:
+        """This replica ends before the answer does. Whoever reads it is told so.
+
+        Args:
+            shared: there may be others, which can be asked for all of it.
+        """
+        reader = self._answering
+        if shared and self.books.kept:
+            await self.take_back_finish()
+            await self.release()
+            self.error = reason
+        elif self.state == "finishing":
+            engine, prompt_id = self.line.engine, self.line.prompt_id
+            self.fail(reason)
+            self._free(engine, prompt_id)
+        reader.break_off(reason)
+        await self._chores.all_done()
 
     async def cancel(self, state: State = "cancelled") -> None:
         """Stop everything and free the engine's memory. No error if it has ended.

@@ -7,13 +7,13 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from typing import Any
 
 from gateway.accounts import Accounts
 from gateway.engines import AnyEngine
-from gateway.errors import Overloaded
+from gateway.errors import GatewayError, Overloaded
 from gateway.handoff import Rule
 from gateway.keeper import Keeper, Moved
 from gateway.line import Placer, abort
@@ -24,6 +24,7 @@ from gateway.requests import Options
 from gateway.resuming import KeptAnswer
 from gateway.settings import Settings
 from gateway.stream import Stream
+from gateway.tasks import again_and_again, begin
 from gateway.telemetry import Metrics
 from gateway.tenants import Tenant
 
@@ -61,7 +62,9 @@ class Streams:
     async def start(self) -> None:
         """Begin to look after the streams."""
         self._metrics.tasks.set_function(lambda: len(asyncio.all_tasks()))
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._sweeper = asyncio.create_task(
+            again_and_again(self._sweep, lambda: SWEEP_S, "looking after the streams")
+        )
 
     async def stop(self) -> None:
         """End all tasks. Streams that no other replica can go on with are cancelled."""
@@ -76,6 +79,14 @@ class Streams:
         else:
             await asyncio.gather(*(stream.leave() for stream in streams))
         await asyncio.gather(*self._work, return_exceptions=True)
+
+    async def cut_off(self, reason: GatewayError) -> None:
+        """The gateway ends: so do the answers under way. Other replicas, if there are any, can be
+        asked for them."""
+        shared = self._settings.index is not None
+        answered = [s for s in self._streams.values() if s.state == "finishing"]
+        for some in _batches(answered):
+            await asyncio.gather(*(stream.cut_off(reason, shared=shared) for stream in some))
 
     def create(
         self,
@@ -219,8 +230,7 @@ class Streams:
 
     async def keep_again(self) -> None:
         """Write every record anew."""
-        streams = list(self._streams.values())
-        for some in (streams[i : i + AT_ONCE] for i in range(0, len(streams), AT_ONCE)):
+        for some in _batches(list(self._streams.values())):
             await asyncio.gather(*(stream.keep_again() for stream in some))
 
     def _ended(self, stream: Stream) -> None:
@@ -240,20 +250,13 @@ class Streams:
         self.answers.pop(stream.id, None)
 
     async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            for work in self._due(time.monotonic()):  # nobody waits: one may take long
-                self._look_after(work)
+        for work in self._due(time.monotonic()):  # nobody waits: one may take long
+            self._look_after(work)
 
     def _look_after(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        task = begin(work, "looking after a stream")
         self._work.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._work.discard(task)
-        if not task.cancelled() and (e := task.exception()) is not None:
-            logger.error("looking after a stream failed: %r", e)
+        task.add_done_callback(self._work.discard)
 
     def _due(self, now_s: float) -> list[Coroutine[Any, Any, None]]:
         """What has to be done for silent streams now; forgets the long ended ones."""
@@ -280,3 +283,7 @@ class Streams:
         async with self._renewing:
             with suppress(Moved):
                 await stream.keep(renew=True)
+
+
+def _batches(streams: list[Stream]) -> Iterator[list[Stream]]:
+    return (streams[i : i + AT_ONCE] for i in range(0, len(streams), AT_ONCE))

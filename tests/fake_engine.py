@@ -42,6 +42,8 @@ class FakeCore:
     operations: list[str] = field(default_factory=list)
     finished: dict[str, list[int]] = field(default_factory=dict)
     """The whole prompt of every answered id."""
+    answering: int = 0
+    """Answers under way."""
 
     async def open(
         self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float | None
@@ -121,7 +123,11 @@ class FakeCore:
     ) -> AsyncGenerator[Event, None]:
         self.finished[prompt_id] = tokens
         await self.close(prompt_id)
-        await asyncio.sleep(self.prefill_s(tokens))
+        self.answering += 1
+        try:
+            await asyncio.sleep(self.prefill_s(tokens))
+        finally:
+            self.answering -= 1
         over = self.hands_over and params.max_tokens == 1
         texts = ("an",) if over else ("an", "swer")
         for text in texts:

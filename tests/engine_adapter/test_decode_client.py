@@ -24,13 +24,13 @@ TWO = Sampling(max_tokens=2, temperature=0.0, seed=3)
 
 
 @asynccontextmanager
-async def running(fake: FakeOpenAI, kv_timeout_s: float = 20) -> AsyncIterator[DecodeClient]:
+async def running(fake: FakeOpenAI) -> AsyncIterator[DecodeClient]:
     runner = web.AppRunner(fake.app(), handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
     async with aiohttp.ClientSession() as session:
-        client = DecodeClient(session, f"http://{host}:{port}", kv_timeout_s=kv_timeout_s)
+        client = DecodeClient(session, f"http://{host}:{port}")
         await client.info()
         yield client
     for gate in (fake.answer_gate, fake.more_gate):
@@ -110,15 +110,6 @@ async def test_a_server_that_is_gone_has_not_lost_the_kv() -> None:
         gone = DecodeClient(session, client.url)
         with pytest.raises(EngineUnavailable):
             await answered(gone)
-
-
-async def test_kv_that_does_not_come_in_time_is_lost_and_the_answer_aborted() -> None:
-    fake = FakeOpenAI()
-    async with running(fake, kv_timeout_s=0.1) as client:
-        fake.answer_gate.clear()
-        with pytest.raises(KvLost):
-            await answered(client)
-        await until(_aborted(fake), within_s=5)
 
 
 async def test_leaving_the_block_aborts_the_answer() -> None:

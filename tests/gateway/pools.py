@@ -136,7 +136,7 @@ async def front(
         url = await running.enter_async_context(served(app))
         admin_url = await running.enter_async_context(served(admin(app, key_file)))
         client = await running.enter_async_context(Client(url))
-        http = await running.enter_async_context(httpx.AsyncClient(trust_env=False))
+        http = await running.enter_async_context(httpx.AsyncClient(timeout=30, trust_env=False))
         found = Front(app, url, admin_url, some, client, http)
         if engines:
             await until(found.is_ready, within_s=20)
