@@ -10,11 +10,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
-bench-sim bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
+bench-sim bench-fairness bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
     bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
-    bench-pools bench-failures bench-throughput soak measure-gpu report workload clean
+    bench-pools bench-failures bench-fairness bench-throughput soak measure-gpu report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -90,6 +90,9 @@ bench-throughput: model ## the highest rate of streams and chunks that gateways 
 
 soak: model ## half an hour of streams that come and go: does a gateway's memory grow? OPTIONS="--minutes 3"
 	@$(BIN)/python -m loadtest.soak $(OPTIONS)
+
+bench-fairness: $(READY) ## one tenant at ten times its share: TTFT of the others, on the simulated engine
+	@$(BIN)/python -m loadtest.bench_fairness
 
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan

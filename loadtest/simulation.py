@@ -9,13 +9,18 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from loadtest import workload
 from loadtest.scripts import common, consecutive, contexts, question
 from loadtest.timeline import Line, Recorder
 from loadtest.workload import Query
+
+if TYPE_CHECKING:
+    from engine_adapter.simulated.engine import SimulatedEngine
 
 POLICIES = ("default", "fcfs", "lcas", "mcps", "srpf")
 WAITING = "non-streaming"
@@ -74,7 +79,7 @@ def play(case: Case) -> Played:
     Raises:
         RuntimeError: some queries are never answered.
     """
-    simulation = _Simulation(case)
+    simulation = _simulation(case)
     begun_s = time.perf_counter()
     simulation.run()
     engine = simulation.engine
@@ -86,73 +91,124 @@ def play(case: Case) -> Played:
         computed_tokens=engine.counters.computed_tokens,
         invalidated_tokens=engine.counters.invalidated_tokens,
         preemptions=int(engine.scheduler.load()["preemptions"]),
-        fetched_tokens=engine.transfers.blocks_in * simulation.block_tokens,
+        fetched_tokens=engine.transfers.blocks_in * engine.scheduler.block_size,
         steps=engine.counters.steps,
         host_s=time.perf_counter() - begun_s,
         lines=simulation.recorder.lines(),
     )
 
 
-class _Simulation:
-    """One trace under way."""
+def _simulation(case: Case) -> Replay:
+    pressed = case.delay_factor != 1
+    streaming = case.policy != WAITING
+    engine = simulated_engine(
+        policy=case.policy.partition(",")[0] if streaming else "fcfs",
+        step_tokens=case.step_tokens,
+        pressed=pressed,
+        host_bytes=HOST_BYTES if pressed and case.policy in POLICIES else 0,
+    )
+    make = workload.crawl if case.workload == "crawl" else workload.ann
+    trace = make(case.queries, case.qps, case.seed, case.delay_factor)
+    return Replay(engine, trace, streaming=streaming, recorded=case.recorded)
 
-    def __init__(self, case: Case) -> None:
-        # vLLM takes seconds to load: only where something is simulated
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-        from engine_adapter.simulated.engine import BLOCK_TOKENS, SimulatedEngine
-        from engine_adapter.simulated.hardware import H100X2, H200X2, LLAMA_3_1_8B
 
-        pressed = case.delay_factor != 1
-        self.block_tokens = BLOCK_TOKENS
-        self._streaming = case.policy != WAITING
-        self.engine = SimulatedEngine(
-            H200X2 if pressed else H100X2,
-            LLAMA_3_1_8B,
-            policy=case.policy.partition(",")[0] if self._streaming else "fcfs",
-            step_tokens=case.step_tokens,
-            host_bytes=HOST_BYTES if pressed and case.policy in POLICIES else 0,
-        )
-        make = workload.crawl if case.workload == "crawl" else workload.ann
-        trace = make(case.queries, case.qps, case.seed, case.delay_factor)
+def simulated_engine(
+    policy: str = DEFAULT_POLICY,
+    step_tokens: int = 8192,
+    pressed: bool = False,
+    host_bytes: float = 0,
+) -> SimulatedEngine:
+    """Llama-3.1-8B on two H100s, or on two H200s where memory is to be pressed."""
+    # vLLM takes seconds to load: only where something is simulated
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    from engine_adapter.simulated.engine import SimulatedEngine
+    from engine_adapter.simulated.hardware import H100X2, H200X2, LLAMA_3_1_8B
+
+    return SimulatedEngine(
+        H200X2 if pressed else H100X2,
+        LLAMA_3_1_8B,
+        policy=policy,
+        step_tokens=step_tokens,
+        host_bytes=host_bytes,
+    )
+
+
+class Replay:
+    """One trace under way.
+
+    Args:
+        streaming: inputs are handed over as they come; otherwise all of a query's with the last.
+        salts: the cache salts of queries, by name; none for those that are not in it.
+        weight: of each tenant that a salt stands for; None if salts stand for none.
+        max_tokens: of each answer.
+        recorded: how many queries in the middle of the trace are watched.
+    """
+
+    def __init__(
+        self,
+        engine: SimulatedEngine,
+        trace: Sequence[Query],
+        *,
+        streaming: bool = True,
+        salts: Mapping[str, str] | None = None,
+        weight: float | None = None,
+        max_tokens: int = 1,
+        recorded: int = 0,
+    ) -> None:
+        self.engine = engine
+        self._streaming = streaming
+        self._salts = salts or {}
+        self._weight = weight
+        self._max_tokens = max_tokens
         self.queries = {str(query.query_id): query for query in trace}
         self.ttft_s: dict[str, float] = {}
         self.oracle_s: dict[str, float] = {}
         self._asked_s: dict[str, float] = {}
         self._states = {name: contexts(q, consecutive) for name, q in self.queries.items()}
-        self.recorder = Recorder(_middle(trace, case.recorded), self._computed_tokens)
+        self.recorder = Recorder(_middle(trace, recorded), self._computed_tokens)
 
-    def run(self) -> None:
-        """Deliver every input when it is due, and turn the engine's loop in between."""
+    def run(self, awaited: Collection[str] | None = None) -> None:
+        """Deliver every input when it is due, and turn the engine's loop in between.
+
+        Args:
+            awaited: names of the queries whose first tokens end the run; None for all.
+
+        Raises:
+            RuntimeError: some queries are never answered.
+        """
+        missing = set(self.queries if awaited is None else awaited)
         events = sorted(
             (q.arrival_s + given.at_s, q.query_id, i)
             for q in self.queries.values()
             for i, given in enumerate(q.inputs)
         )
         at = 0
-        while len(self.ttft_s) < len(self.queries):
+        while missing:
             while at < len(events) and events[at][0] <= self.engine.now_s:
                 due_s, query_id, i = events[at]
                 self._deliver(due_s, str(query_id), i)
                 at += 1
-            if self._step():
+            begun = self._step()
+            if begun is not None:
+                missing.difference_update(begun)
                 continue
             if at == len(events):
-                missing = len(self.queries) - len(self.ttft_s)
-                raise RuntimeError(f"{missing} queries are never answered")
+                raise RuntimeError(f"{len(missing)} queries are never answered")
             self.engine.now_s = max(self.engine.now_s, events[at][0])
 
-    def _step(self) -> bool:
-        """Whether the engine had anything to compute."""
+    def _step(self) -> list[str] | None:
+        """Whose answers have begun; None if the engine had nothing to compute."""
         begun_s = self.engine.now_s
         self.recorder.before()
         step = self.engine.step()
         if step is None:
-            return False
+            return None
         now_s = self.engine.now_s
         self.recorder.after(begun_s, now_s, step.finished)
-        for name in step.finished:
+        begun = [o.request_id for o in step.outputs if o.request_id not in self.ttft_s]
+        for name in begun:
             self.ttft_s[name] = now_s - self._asked_s[name]
-        return True
+        return begun
 
     def _computed_tokens(self, name: str) -> int | None:
         """Of an open prompt or of one that is being answered."""
@@ -176,7 +232,7 @@ class _Simulation:
     def _grow(self, due_s: float, name: str, i: int) -> None:
         context = self._states[name][i]
         if i == 0:
-            self.engine.open(name, context)
+            self.engine.open(name, context, self._salts.get(name), self._weight)
             return
         keep = common(self._states[name][i - 1], context)
         answer = self.engine.extend(name, keep, context[keep:])
@@ -190,7 +246,13 @@ class _Simulation:
         engine = self.engine
         self.oracle_s[name] = engine.hardware.step_s(engine.model, [(cached, rest)])
         self._asked_s[name] = due_s
-        engine.finish(name, states[i] + asked, name if self._streaming and i else None)
+        engine.finish(
+            name,
+            states[i] + asked,
+            name if self._streaming and i else None,
+            self._max_tokens,
+            self._salts.get(name),
+        )
 
 
 def _middle(trace: Sequence[Query], count: int) -> Sequence[Query]:

@@ -1,19 +1,45 @@
 """Whose turn it is among tenants: who got least for its weight, then the policy's order.
 
-As in the virtual token counter of Sheng et al. (arXiv 2401.00588), a token that is computed counts
-for its tenant, divided by its weight, and one who comes back after a rest begins where the least
-served of those under way is: what was not used is not saved up. A tenant is told by the cache salt
-of its requests. Pure: a scheduler asks for `turns`, and says what came of them.
+As in the virtual token counter of Sheng et al. (Fairness in Serving LLMs, OSDI 2024), a token that
+is computed counts for its tenant, divided by its weight. There, one who comes back after a rest
+begins where the least served of those under way is. Here rest is saved up to a bound: a tenant that
+keeps to its share goes before one that does not, and its TTFT hardly tells whether there is one.
+A tenant is told by the cache salt of its requests. Pure: a scheduler asks for `turns`, and says
+what came of them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from engine_adapter.scheduling.order import Entry, Order
 from engine_adapter.scheduling.view import View
+
+CREDIT_TOKENS = 65_536
+"""Over weight: what a tenant that rested can have before others that did not. Enough for the
+longest prompts of ordinary streams; one that had more than its share pays back no more than this
+either."""
+
+FLOODED_STEP_TOKENS = 1024
+"""What a flood may fill a step up to: others wait for the end of the step under way, and for all
+that is in their own. Shorter steps are mostly what a step costs whatever is in it."""
+
+FLOOD_TOKENS = 32_768
+"""No less is a flood: some long prompts at a time are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flood:
+    """A tenant of whom more waits than of all others together: it waits for its own, and shorter
+    steps take little from it. Where all have much to compute there is none."""
+
+    tenant: str
+    share_tokens: int
+    """Of a step, by its weight among all that are present."""
 
 
 class Turns:
@@ -23,15 +49,17 @@ class Turns:
         self,
         order: Order,
         served: Mapping[str, float],
-        rested: frozenset[str],
         weights: Mapping[str, float],
+        flood: Flood | None = None,
     ) -> None:
         self.served = dict(served)
         """Tokens over weights, with those of this step."""
         self._order = order
-        self._rested = rested
         self._weights = weights
         self._full_only = False
+        self._flood = flood
+        self._tokens = 0
+        self._flood_tokens = 0
         self.lent = False
         """Turns are over for this step: what is left of it goes by `lend`."""
 
@@ -51,16 +79,18 @@ class Turns:
         heads = []
         for tenant, entries in queues.items():
             entries.reverse()
-            heads.append((self.served[tenant], tenant not in self._rested, entries.pop()))
+            heads.append((self.served[tenant], entries.pop()))
         heapify(heads)
         while heads and not self.lent:
-            entry = heappop(heads)[2]
+            entry = heappop(heads)[1]
             tenant, full = entry[2].tenant, entry[2].full
             if self._full_only and not full:
                 continue  # nor is anything behind it in its tenant's order
+            if self.most_tokens(entry[2]) <= 0:
+                continue
             yield entry
             if entries := queues[tenant]:
-                heappush(heads, (self.served[tenant], True, entries.pop()))
+                heappush(heads, (self.served[tenant], entries.pop()))
         if self.lent:
             yield from (e for e in self._order.ready if e[2].full and e[2].held_blocks)
 
@@ -74,6 +104,21 @@ class Turns:
         """The request computes so many tokens in this step."""
         tenant = view.tenant
         self.served[tenant] += tokens / self._weights.get(tenant, 1.0)
+        self._tokens += tokens
+        if self._flood is not None and tenant == self._flood.tenant:
+            self._flood_tokens += tokens
+
+    def most_tokens(self, view: View) -> int:
+        """Tokens that a request may have in this step. A flood fills it up; where others had more
+        than it, it has its share anyhow."""
+        flood = self._flood
+        if flood is None or view.decoding or view.tenant != flood.tenant:
+            return sys.maxsize
+        fill = FLOODED_STEP_TOKENS - self._tokens
+        owed = self.served[flood.tenant] < min(
+            (self.served[t] for t in self._order.tenants if t != flood.tenant), default=0.0
+        )
+        return max(fill, flood.share_tokens - self._flood_tokens) if owed else fill
 
     def granted_all(self, grants: Mapping[str, int]) -> None:
         """These requests compute so many tokens in this step, which was not planned by turns."""
@@ -93,6 +138,11 @@ class Present:
     def __init__(self) -> None:
         self._tenants: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
+
+    @property
+    def tenants(self) -> Collection[str]:
+        """All that do."""
+        return self._counts.keys()
 
     @property
     def compete(self) -> bool:
@@ -116,11 +166,11 @@ class Present:
 class Shares:
     """What the tenants of one engine got of it, as far as they compete."""
 
-    def __init__(self) -> None:
+    def __init__(self, credit_tokens: int = CREDIT_TOKENS) -> None:
+        self._credit_tokens = credit_tokens
         self._weights: dict[str, float] = {}
         self._known: set[str] = set()
         self._served: dict[str, float] = {}
-        self._active: frozenset[str] = frozenset()
 
     def weigh(self, tenant: str, weight: float) -> bool:
         """A tenant with this weight gets so many times what one with the weight 1 gets.
@@ -141,23 +191,39 @@ class Shares:
         tenant's: salts have other uses too."""
         return cache_salt if cache_salt is not None and cache_salt in self._known else ""
 
-    def turns(self, order: Order) -> Turns | None:
-        """Those of the next step; None where nobody competes, so that the policy alone decides."""
-        ready = order.tenants
-        if len(ready) < 2:
-            if self._served:
-                self._served = {}
-            self._active = frozenset(ready)
+    def turns(
+        self, order: Order, present: Collection[str] = (), step_tokens: int = 0
+    ) -> Turns | None:
+        """Those of the next step; None where nobody competes, so that the policy alone decides.
+
+        Args:
+            order: all unfinished requests.
+            present: tenants that have requests or open prompts, computing or not.
+            step_tokens: the longest step while tenants compete.
+        """
+        tenants = order.tenants.keys() | present
+        if len(tenants) < 2:
+            self._served = {}
             return None
-        competed = [tenant for tenant in ready if tenant in self._active]
-        least = min((self._served.get(tenant, 0.0) for tenant in competed), default=0.0)
-        # Counted from the least served on, so that numbers stay small and rest is not saved up.
-        owed = {tenant: max(s - least, 0.0) for tenant, s in self._served.items()}
-        served = {t: s for t, s in owed.items() if s > 0} | {t: owed.get(t, 0.0) for t in ready}
-        rested = frozenset(ready) - self._active
-        self._active = frozenset(ready)
-        return Turns(order, served, rested, self._weights)
+        # Counted from the most credit on, so that numbers stay small and rest is saved up to it.
+        none = max(self._served.values(), default=0.0) - self._credit_tokens
+        served = {t: s - none for t, s in self._served.items() if s > none}
+        for tenant in tenants:
+            served.setdefault(tenant, 0.0)
+        flood = self._flood(order, tenants, step_tokens) if order.policy.restrained else None
+        return Turns(order, served, self._weights, flood)
 
     def settle(self, turns: Turns) -> None:
         """The step was planned by these turns."""
         self._served = turns.served
+
+    def _flood(self, order: Order, tenants: Collection[str], step_tokens: int) -> Flood | None:
+        backlog = order.backlog_tokens
+        if not backlog:
+            return None
+        most = max(backlog, key=backlog.__getitem__)
+        rest = sum(tokens for tenant, tokens in backlog.items() if tenant != most)
+        if backlog[most] < max(FLOOD_TOKENS, rest):
+            return None
+        weight = {tenant: self._weights.get(tenant, 1.0) for tenant in tenants}
+        return Flood(most, int(step_tokens * weight[most] / sum(weight.values())))

@@ -35,6 +35,8 @@ class Order:
         """What all partial requests together could compute now."""
         self.tenants: dict[str, int] = {}
         """Whose requests could compute something now, and how many."""
+        self.backlog_tokens: dict[str, int] = {}
+        """What the requests of these tenants could compute now."""
         self._entries: dict[str, Entry] = {}
         self._numbers = itertools.count()
         for view in views:
@@ -63,6 +65,8 @@ class Order:
         if view.remaining_tokens > 0:
             insort(self.ready, entry)
             self.tenants[view.tenant] = self.tenants.get(view.tenant, 0) + 1
+            backlog = self.backlog_tokens.get(view.tenant, 0)
+            self.backlog_tokens[view.tenant] = backlog + view.remaining_tokens
             if not view.full:
                 self.partial_tokens += view.remaining_tokens
         if view.held_blocks > 0:
@@ -78,9 +82,10 @@ class Order:
         if view.remaining_tokens > 0:
             del self.ready[bisect_left(self.ready, entry)]
             if self.tenants[view.tenant] == 1:
-                del self.tenants[view.tenant]
+                del self.tenants[view.tenant], self.backlog_tokens[view.tenant]
             else:
                 self.tenants[view.tenant] -= 1
+                self.backlog_tokens[view.tenant] -= view.remaining_tokens
             if not view.full:
                 self.partial_tokens -= view.remaining_tokens
         if view.held_blocks > 0:

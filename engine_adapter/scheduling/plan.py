@@ -95,6 +95,8 @@ def plan(
                 continue
             if speculative < most:
                 most = speculative
+        if turns is not None:
+            most = min(most, turns.most_tokens(view))
         if view.remaining_tokens <= most:
             grant = view.remaining_tokens
         elif full and not view.decoding:

@@ -6,10 +6,11 @@ import random
 import statistics
 from itertools import chain
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_adapter.scheduling.fairness import Shares
+from engine_adapter.scheduling.fairness import FLOODED_STEP_TOKENS, Shares
 from engine_adapter.scheduling.order import Order
 from engine_adapter.scheduling.plan import plan
 from engine_adapter.scheduling.policies import POLICIES
@@ -51,6 +52,7 @@ def steps(order: Order, shares: Shares, count: int, views: dict[str, View]) -> l
     return done
 
 
+@settings(deadline=None)
 @given(
     crowds=st.lists(st.integers(1, 12), min_size=2, max_size=4),
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=4, max_size=4),
@@ -74,6 +76,7 @@ def test_who_is_never_idle_is_served_by_weight_however_many_requests_there_are(
     assert max(got) - min(got) <= 2 * tokens / min(weights) + 1e-6
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(
         st.tuples(st.integers(1, 150), st.booleans(), st.sampled_from("abc")), max_size=20
@@ -101,16 +104,57 @@ def test_one_tenant_is_planned_as_ever_and_several_never_leave_a_step_emptier(
     assert bool(together) == bool(sizes)
 
 
-def test_rest_is_not_saved_up() -> None:
+@pytest.mark.parametrize("credit_tokens", [100, 300])
+def test_rest_is_saved_up_to_a_bound(credit_tokens: int) -> None:
     views = {f"{t}{n}": view(f"{t}{n}", t, 10) for t in "abc" for n in range(12)}
-    order, shares = Order(POLICIES["fcfs"], views.values()), Shares()
+    order, shares = Order(POLICIES["fcfs"], views.values()), Shares(credit_tokens)
     for name in [name for name in views if name.startswith("a")]:
         order.discard(name)
     steps(order, shares, 50, views)  # b and c alone
     for name in [name for name in views if name.startswith("a")]:
         order.put(views[name])
-    first = steps(order, shares, 3, views)
-    assert all(step["a"] <= 40 and step["b"] >= 30 for step in first)
+    done = steps(order, shares, 9, views)
+    ahead = [step.get("a", 0) - step.get("b", 0) for step in done]
+    assert credit_tokens - 20 <= sum(ahead) <= credit_tokens + 20
+    assert all(step["a"] <= 40 and step["b"] >= 30 for step in done[-3:])
+
+
+def flooded(flood_tokens: int, *others: View, weight: float = 1.0) -> dict[str, int]:
+    """Tokens by tenant in one step of 4,096, in which `a` has prompts of 500 tokens to compute and
+    some more tenants are there."""
+    flood = [view(f"a{n}", "a", 500) for n in range(flood_tokens // 500)]
+    order, shares = Order(POLICIES["srpf"], [*flood, *others]), Shares()
+    shares.weigh("a", weight)
+    turns = shares.turns(order, "abc", 4096)
+    grants = plan(order, budget_tokens=4096, free_blocks=9, slots=999, turns=turns).grants
+    served: dict[str, int] = {}
+    for name, tokens in grants.items():
+        served[name[0]] = served.get(name[0], 0) + tokens
+    return served
+
+
+def test_a_flood_only_fills_steps_up_while_other_tenants_are_there() -> None:
+    alone = flooded(40_000)
+    assert 512 <= alone["a"] <= FLOODED_STEP_TOKENS
+    assert flooded(20_000)["a"] > 3500, "what is soon done is no flood"
+    beside = flooded(40_000, view("b", "b", 3000))
+    assert beside["b"] == 3000
+    crowd = [view(f"b{n}", "b", 500) for n in range(100)]
+    assert flooded(40_000, *crowd)["b"] < 3500, "others have more: no flood"
+
+
+def test_a_flood_gets_its_share_of_others_who_are_never_idle() -> None:
+    views = {f"a{n}": view(f"a{n}", "a", 500) for n in range(200)}
+    views |= {f"b{n}": view(f"b{n}", "b", 500) for n in range(80)}
+    order, shares, got = Order(POLICIES["srpf"], views.values()), Shares(), {"a": 0, "b": 0}
+    for _ in range(100):  # every request is endless
+        turns = shares.turns(order, "ab", 4096)
+        assert turns is not None
+        grants = plan(order, budget_tokens=4096, free_blocks=9, slots=999, turns=turns).grants
+        shares.settle(turns)
+        for name, tokens in grants.items():
+            got[name[0]] += tokens
+    assert 0.9 < got["a"] / got["b"] < 1.1
 
 
 # The scheduler that ships.
