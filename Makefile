@@ -14,7 +14,7 @@ bench-sim bench-fairness bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
     bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
-    bench-pools bench-failures bench-fairness bench-throughput soak measure-gpu report workload clean
+    bench-pools bench-failures bench-fairness bench-throughput soak measure-gpu chaos report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16

@@ -1,12 +1,15 @@
-"""Engines on this machine in a sixth of the time: forked from a process that has imported vLLM.
+"""Servers on this machine in a fraction of the time: forked from a process that has imported what
+they need.
 
 `python -m vllm...` imports PyTorch and vLLM three times, one process after the other: 40 of the 47
 seconds that a small model takes to start. Whoever kills engines by the dozen can't wait for that. A
 nursery imports once; each engine is a fork of it, with a session, an environment and a log of its
 own, and so is each process that the engine makes. It computes on one core: vLLM itself would spawn
-its processes, so that the OpenMP of each binds its threads; a fork is bound by the kernel.
+its processes, so that the OpenMP of each binds its threads; a fork is bound by the kernel. Other
+servers that are run by `python -m` can be forked too.
 
-The process reads a line of JSON for each engine, and answers its id on a line:
+`python -m deploy.nursery MODULE...` imports the modules, reads a line of JSON for each server, and
+answers its id on a line:
 
     {"arguments": [...], "env": {...}, "log": "/path", "core": 0}  ->  {"pid": 123}
 """
@@ -24,6 +27,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,16 +47,26 @@ IMPORTED_FIRST = (
 class Nursery:
     """The process, as its user sees it. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, modules: Sequence[str] = IMPORTED_FIRST, env: Mapping[str, str] | None = None
+    ) -> None:
+        """
+        Args:
+            modules: to import; those of real engines, unless others are named.
+            env: added to the environment of the process.
+        """
+        self._modules = modules
+        self._env = env or {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._one = Lock()
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.nursery"],
+            [sys.executable, "-m", "deploy.nursery", *self._modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_PLUGINS": ""},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_PLUGINS": "", **self._env},
         )
         return self
 
@@ -68,12 +82,19 @@ class Nursery:
         """An engine that computes on a core, not started yet."""
         return _ForkedServer(self, engine(options), core)
 
-    def fork(self, arguments: Sequence[str], env: Mapping[str, str], log: Path, core: int) -> int:
-        """Start an engine; returns the id of its process, which leads a session of its own.
+    def server(self, server: Server) -> Server:
+        """A server that would be run by `python -m`, forked instead, not started yet."""
+        return _ForkedServer(self, server, None)
+
+    def fork(
+        self, arguments: Sequence[str], env: Mapping[str, str], log: Path, core: int | None
+    ) -> int:
+        """Start a server; returns the id of its process, which leads a session of its own.
 
         Args:
             arguments: module and flags, as behind `python -m`.
             log: what it says is added there.
+            core: to compute on; None for any.
 
         Raises:
             OSError: the nursery has died.
@@ -82,11 +103,12 @@ class Nursery:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         order = {"arguments": arguments, "env": dict(env), "log": str(log), "core": core}
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        with self._one:
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
         if not line:
-            raise OSError("the nursery of engines has died")
+            raise OSError("the nursery has died")
         pid: int = json.loads(line)["pid"]
         return pid
 
@@ -94,7 +116,7 @@ class Nursery:
 class _ForkedServer(Server):
     """A server that a nursery forks instead of one that is run from its command."""
 
-    def __init__(self, nursery: Nursery, server: Server, core: int) -> None:
+    def __init__(self, nursery: Nursery, server: Server, core: int | None) -> None:
         vars(self).update(vars(server))
         self._nursery, self._core = nursery, core
 
@@ -141,7 +163,7 @@ class _Forked:
 
 def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # engines that end leave no zombie
-    for module in IMPORTED_FIRST:
+    for module in sys.argv[1:]:
         import_module(module)
     _always_fork()
     for line in sys.stdin:
@@ -159,7 +181,7 @@ def _always_fork() -> None:
 
 
 def _become(order: Mapping[str, Any]) -> None:
-    """Be the engine that was ordered; does not return."""
+    """Be the server that was ordered; does not return."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -168,7 +190,8 @@ def _become(order: Mapping[str, Any]) -> None:
         for descriptor, copy in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, copy)
         os.environ.update(order["env"], VLLM_CPU_OMP_THREADS_BIND="nobind")
-        os.sched_setaffinity(0, {order["core"]})
+        if order["core"] is not None:
+            os.sched_setaffinity(0, {order["core"]})
         sys.argv = list(order["arguments"])
         runpy.run_module(sys.argv[0], run_name="__main__")
     except BaseException:

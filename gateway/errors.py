@@ -29,6 +29,7 @@
      +- Overloaded               503  with Retry-After
      +- Draining                 503  this gateway is about to end: ask another one
      +- IndexAway                503  nobody can say for now which replica holds the stream
+     +- StorageFull              507  a collection can't be written, and is as it was
      +- NotHeld                  421  between replicas: the stream is held by another one
      +- EngineFailed             503  no engine, or it died under the stream
      +- EngineTimeout            504  it says nothing of a request that was passed through
@@ -171,6 +172,12 @@ class EngineThere(Conflict):
     """The pool has an engine at that address."""
 
     code = "engine_exists"
+
+
+class StorageFull(GatewayError):
+    """A collection can't be written, e.g. since the disk is full; it is as it was."""
+
+    status, type, code = 507, "server_error", "storage_full"
 
 
 class NoSuchEngine(GatewayError):

@@ -32,6 +32,7 @@ from gateway.errors import (
     RetrievalRefused,
     RetrievalUnderWay,
     SequenceGap,
+    StorageFull,
     StreamNotFound,
     Unauthorized,
     UnknownDocument,
@@ -257,7 +258,7 @@ COLLECTIONS = (
         "post", "/v1/collections", "createCollection", "Make an empty collection", "collections",
         {201: Answer("It is there.", {JSON: shapes.Collection})},
         body={JSON: NewCollection},
-        errors=(*_BODY, Forbidden, CollectionThere),
+        errors=(*_BODY, Forbidden, CollectionThere, StorageFull),
     ),
     Operation(
         "get", "/v1/collections", "listCollections", "All collections", "collections",
@@ -269,7 +270,7 @@ COLLECTIONS = (
         "collections",
         {200: Answer("It is gone.", {JSON: shapes.CollectionDeleted})},
         parameters=(_NAME,),
-        errors=(*_SEARCHED, Forbidden),
+        errors=(*_SEARCHED, Forbidden, StorageFull),
     ),
     Operation(
         "post", "/v1/collections/{name}/passages", "addPassages", "Add passages", "collections",
@@ -277,7 +278,7 @@ COLLECTIONS = (
         "A passage whose id is there takes the place of the older one.",
         body={NDJSON: _PASSAGES},
         parameters=(_NAME,),
-        errors=(*_SEARCHED, BodyTooLarge, RequestTimeout, Forbidden),
+        errors=(*_SEARCHED, BodyTooLarge, RequestTimeout, Forbidden, StorageFull),
     ),
     Operation(
         "post", "/v1/collections/{name}/search", "searchCollection", "The nearest passages",

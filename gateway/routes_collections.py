@@ -31,6 +31,7 @@ from gateway.errors import (
     CollectionThere,
     Forbidden,
     GatewayError,
+    StorageFull,
 )
 from gateway.identity import tenant_of
 from gateway.keys import COLLECTIONS, SETTINGS, TENANTS
@@ -40,6 +41,7 @@ from retrieval.collections.store import (
     CollectionError,
     CollectionExists,
     CollectionMissing,
+    CollectionUnwritable,
 )
 from retrieval.embedding import EmbedderMissing
 from retrieval.refine import DOUBLING
@@ -173,6 +175,8 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         raise CollectionThere(str(e)) from e
     except BadName as e:
         raise BadRequest(str(e), param="name") from e
+    except CollectionUnwritable as e:
+        raise StorageFull(str(e)) from e
     except (CollectionError, EmbedderMissing) as e:
         raise GatewayError(str(e)) from e
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from engine_adapter.scheduling.policies import DEFAULT_POLICY, POLICIES
 from engine_adapter.sessions import DEFAULT_OPEN_PROMPTS
+from engine_adapter.simulated.answers import ANSWERS
 from engine_adapter.simulated.hardware import H100, H100X2, H200X2, LLAMA_3_1_8B
 
 HARDWARE = {"h100x2": H100X2, "h200x2": H200X2, "h100": H100}
@@ -24,7 +25,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine_adapter.simulated",
         description="An engine whose steps take as long as those of Llama-3.1-8B are estimated to; "
-        "its answers mean nothing.",
+        "its answers mean nothing, or can be checked.",
     )
     parser.add_argument("--port", type=int, default=8100, help="port to listen on")
     parser.add_argument("--hardware", choices=HARDWARE, default="h100x2")
@@ -35,6 +36,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-tokens", type=int, help="size of the KV pool (default: what fits)")
     parser.add_argument(
         "--max-prompts", type=int, default=DEFAULT_OPEN_PROMPTS, help="open prompts, and answers"
+    )
+    parser.add_argument(
+        "--answers",
+        choices=ANSWERS,
+        default="words",
+        help="words, or tokens chained to all before them, for tests",
     )
     options = parser.parse_args()
     for name in ("step_tokens", "speed", "kv_tokens", "max_prompts"):
@@ -59,6 +66,7 @@ def main() -> int:
         step_tokens=options.step_tokens,
         max_requests=options.max_prompts,
         kv_tokens=options.kv_tokens,
+        answers=ANSWERS[options.answers],
     )
     app = build(engine, options.model_name, options.speed, options.max_prompts)
     web.run_app(

@@ -30,6 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from engine_adapter.scheduling import policies
 from engine_adapter.sessions import Status
+from engine_adapter.simulated.answers import ANSWERS, Answers
 from engine_adapter.simulated.hardware import Hardware, Model, estimated_cost
 from engine_adapter.simulated.transfers import Transfers
 from engine_adapter.vllm.open_prompts import ADOPT
@@ -85,6 +86,7 @@ class SimulatedEngine:
     """Size of the KV pool; None for what the hardware holds beside the model."""
     host_bytes: float = 0.0
     """Host memory for KV that is swapped out; without any, what is evicted is recomputed."""
+    answers: Answers = ANSWERS["words"]
     now_s: float = 0.0
     counters: Counters = field(default_factory=Counters)
     scheduler: StreamScheduler = field(init=False)
@@ -189,7 +191,9 @@ class SimulatedEngine:
         ids = list(output.num_scheduled_tokens)
         requests = self.scheduler.requests
         sampled = [
-            [1] if (r := requests.get(i)) is not None and r.num_output_placeholders else []
+            [self.answers.next_token(r.all_token_ids)]
+            if (r := requests.get(i)) is not None and r.num_output_placeholders
+            else []
             for i in ids
         ]
         return ModelRunnerOutput(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
 from engine_adapter.sessions import Status
+from engine_adapter.simulated.answers import Answers
 from engine_adapter.simulated.engine import Output, SimulatedEngine, Step
 from engine_adapter.vllm.sampling import sampling_params
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-WORDS = ("simulated", "words", "mean", "nothing")
-"""What every answer says, over and over: one word to a token."""
 
 DEFAULTS = {"max_tokens": 128}
 """An answer has as many tokens as it may have; this many where the request does not say."""
@@ -192,7 +190,7 @@ class RealTimeEngine:
             await self._call(
                 lambda: self._engine.ask(request_id, tokens, max_tokens, extra_args, cache_salt)
             )
-            async for event in _events(outputs, len(tokens)):
+            async for event in _events(outputs, len(tokens), self._engine.answers):
                 yield event
         except EngineError as e:
             yield ErrorEvent(error=e.to_json())
@@ -208,13 +206,14 @@ class RealTimeEngine:
 
 
 async def _events(
-    outputs: asyncio.Queue[Output | None], prompt_tokens: int
+    outputs: asyncio.Queue[Output | None], prompt_tokens: int, answers: Answers
 ) -> AsyncGenerator[Event, None]:
     """What the outputs of one request say; None among them is its end by an abort."""
     count = cached_tokens = 0
     while (output := await outputs.get()) is not None:
         cached_tokens = max(cached_tokens, output.cached_tokens or 0)
-        yield TokenEvent(token_ids=output.token_ids, text=words(count, len(output.token_ids)))
+        text = answers.text(count, output.token_ids)
+        yield TokenEvent(token_ids=output.token_ids, text=text)
         count += len(output.token_ids)
         if output.finished:
             yield DoneEvent(
@@ -225,10 +224,3 @@ async def _events(
             )
             return
     yield ErrorEvent(error=EngineUnavailable("the engine aborted the answer").to_json())
-
-
-def words(begin: int, count: int) -> str:
-    """The text of `count` tokens behind the first `begin` ones of an answer."""
-    return "".join(
-        f" {WORDS[i % len(WORDS)]}" if i else WORDS[0] for i in range(begin, begin + count)
-    )

@@ -77,8 +77,13 @@ class Collection:
         return grown._rebuilt() if 2 * len(grown.replaced) > len(grown.rows) else grown
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder that exists."""
-        faiss.write_index(self.index, str(folder / INDEX_FILE))
+        """Write it into a folder that exists.
+
+        Raises:
+            OSError: there is no room.
+        """
+        # Not by faiss.write_index, to which a disk that is full at the end is no error.
+        (folder / INDEX_FILE).write_bytes(faiss.serialize_index(self.index).data)
         encode = msgspec.json.Encoder().encode
         with (folder / PASSAGES_FILE).open("wb") as file:
             file.writelines(encode(row) + b"\n" for row in self.rows)

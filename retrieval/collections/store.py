@@ -54,6 +54,10 @@ class CollectionUnreadable(CollectionError):
     """Its files are damaged, or were made with another embedder."""
 
 
+class CollectionUnwritable(CollectionError):
+    """What was asked can't be written, e.g. since the disk is full: nothing has changed."""
+
+
 class _Current(msgspec.Struct, frozen=True):
     state: str
     embedder: str
@@ -88,11 +92,11 @@ class Collections:
         """Make an empty collection.
 
         Raises:
-            BadName, CollectionExists: as they say.
+            BadName, CollectionExists, CollectionUnwritable: as they say.
         """
         folder = self._path(name)
-        folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
+            folder.mkdir(exist_ok=True)
             if (folder / "current").exists():
                 raise CollectionExists(f"there is a collection {name}")
             self._commit(folder, states.empty(self.embedder.dimensions))
@@ -107,7 +111,7 @@ class Collections:
             How many passages the collection has then.
 
         Raises:
-            BadName, CollectionMissing, CollectionUnreadable: as they say.
+            BadName, CollectionMissing, CollectionUnreadable, CollectionUnwritable: as they say.
         """
         self.open(name)
         vectors = self.embedder.embed([passage.text for passage in passages])
@@ -170,14 +174,19 @@ class Collections:
         """Write a state, make it the current one, and remove all others."""
         state = uuid4().hex
         written = folder / f"state-{state}"
-        written.mkdir()
-        collection.save(written)
-        for path in (*written.iterdir(), written):
-            _sync(path)
-        current = _Current(state, self.embedder.name, len(collection))
-        (folder / "next").write_bytes(msgspec.json.encode(current))
-        _sync(folder / "next")
-        os.replace(folder / "next", folder / "current")
+        try:
+            written.mkdir()
+            collection.save(written)
+            for path in (*written.iterdir(), written):
+                _sync(path)
+            current = _Current(state, self.embedder.name, len(collection))
+            (folder / "next").write_bytes(msgspec.json.encode(current))
+            _sync(folder / "next")
+            os.replace(folder / "next", folder / "current")
+        except BaseException:  # half of it would take the room that the disk lacks
+            (folder / "next").unlink(missing_ok=True)
+            shutil.rmtree(written, ignore_errors=True)
+            raise
         _sync(folder)
         with self._opening:
             self._opened[folder.name] = state, collection
@@ -187,11 +196,18 @@ class Collections:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Let nobody else change anything meanwhile."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        """Let nobody else change anything meanwhile.
+
+        Raises:
+            CollectionUnwritable: what was tried failed on the disk.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / ".lock").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        except OSError as exc:
+            raise CollectionUnwritable(f"it can't be written: {exc}") from exc
 
 
 def _current(folder: Path) -> _Current:

@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestServer
 
 from gateway.app import build
 from gateway.settings import Settings
-from tests.retrieval.words import Words
+from tests.retrieval.words import Words, files_no_longer_than
 
 AT = "/v1/collections"
 SEA = {"id": "sea", "text": "Ships sail on the wide ocean."}
@@ -71,6 +71,18 @@ async def test_what_is_not_there_or_there_already_is_refused(http: httpx.AsyncCl
     assert refusal(await http.delete(AT + "/other")) == missing
     assert refusal(await http.post(AT + "/other/search", json={"query": "q"})) == missing
     assert refusal(await http.post(AT + "/other/passages", content=lines(SEA))) == missing
+
+
+async def test_a_full_disk_is_said_and_changes_nothing(http: httpx.AsyncClient) -> None:
+    await http.post(AT, json={"name": "notes"})
+    await http.post(AT + "/notes/passages", content=lines(SEA))
+    with files_no_longer_than(100):
+        full = await http.post(AT + "/notes/passages", content=lines(BREAD))
+        assert refusal(full) == (507, "storage_full")
+        found = await http.post(AT + "/notes/search", json={"query": "Ships"})
+        assert [passage["id"] for passage in found.json()["data"]] == ["sea"]
+    added = await http.post(AT + "/notes/passages", content=lines(BREAD))
+    assert added.json()["passages"] == 2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from zlib import crc32
 
 import numpy as np
@@ -25,3 +27,14 @@ class Words:
         words = [np.random.default_rng(crc32(w.encode())).normal(size=32) for w in text.split()]
         total = np.sum(words, axis=0)
         return np.asarray(total / np.linalg.norm(total), np.float32)
+
+
+@contextmanager
+def files_no_longer_than(size_bytes: int) -> Iterator[None]:
+    """As if the disk had no more room, for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -16,9 +16,10 @@ from retrieval.collections.store import (
     CollectionMissing,
     Collections,
     CollectionUnreadable,
+    CollectionUnwritable,
 )
 from retrieval.source import Passage
-from tests.retrieval.words import Words
+from tests.retrieval.words import Words, files_no_longer_than
 
 FRUIT = [
     Passage("a", "apple pear", "Apples"),
@@ -151,6 +152,21 @@ def test_a_crash_in_the_middle_of_a_write_leaves_the_old_state(
     after.add("fruit", FRUIT[1:])
     assert ids(search(after, "plum cherry")) == ["p"]
     assert len(list(collections._folder.glob("fruit/state-*"))) == 1
+
+
+def test_a_full_disk_changes_nothing_and_leaves_nothing(collections: Collections) -> None:
+    collections.create("fruit")
+    collections.add("fruit", FRUIT[:1])
+    there = sorted(collections._folder.rglob("*"))
+    with files_no_longer_than(100):
+        with pytest.raises(CollectionUnwritable):
+            collections.add("fruit", FRUIT[1:])
+        assert sorted(collections._folder.rglob("*")) == there
+        assert search(reopened(collections), "apple")[0].id == "a"
+        with pytest.raises(CollectionUnwritable):
+            collections.create("more")
+    assert [info.name for info in collections.list()] == ["fruit"]
+    assert collections.add("fruit", FRUIT[1:]) == 3
 
 
 def test_a_name_is_taken_once(collections: Collections) -> None:
