@@ -91,6 +91,9 @@ bench-throughput: model ## the highest rate of streams and chunks that gateways 
 soak: model ## half an hour of streams that come and go: does a gateway's memory grow? OPTIONS="--minutes 3"
 	@$(BIN)/python -m loadtest.soak $(OPTIONS)
 
+chaos: model ## faults of all kinds under 1,150 streams: what is hung, wrong or left; OPTIONS="--seed 2"
+	@$(BIN)/python -m loadtest.chaos $(OPTIONS)
+
 bench-fairness: $(READY) ## one tenant at ten times its share: TTFT of the others, on the simulated engine
 	@$(BIN)/python -m loadtest.bench_fairness
 
