@@ -12,8 +12,8 @@ it holds blocks, but no slot and no time of the step loop, and its blocks can be
 from the tail on. While open, a prompt's last token is held back: the request stays a partial
 prefill for vLLM, which therefore samples nothing.
 
-Each step is decided by `plan` (grants and evictions), carried out here, and then delegated
-to vLLM's own `schedule`. With no prompt open this is vLLM's scheduler, unchanged.
+Each step is decided by `plan` (grants and evictions), carried out by `Execution`, and then
+delegated to vLLM's own `schedule`. With no prompt open this is vLLM's scheduler, unchanged.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from engine_adapter.scheduling.fairness import Present, Shares
 from engine_adapter.scheduling.plan import Plan, plan
 from engine_adapter.scheduling.policies import DEFAULT_POLICY
 from engine_adapter.scheduling.view import View
+from engine_adapter.vllm.execution import Execution
 from engine_adapter.vllm.handing_over import Leases, hands_over
 from engine_adapter.vllm.host import HostMemory, loading
 from engine_adapter.vllm.kv import BlockTables
@@ -74,11 +75,13 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._tables = BlockTables(self.kv_cache_manager)
         self._prompts: dict[str, OpenPrompt] = {}
-        self._partial: dict[str, OpenPrompt] = {}  # by request id, those in vLLM's queues
+        self.partial: dict[str, OpenPrompt] = {}
+        """The open prompts that are in vLLM's queues, by request id."""
         self._grants: dict[str, int] | None = None  # None: vLLM decides alone
         self._numbers = itertools.count()
         self._replan = False
-        self._preemptions = 0
+        self.preemptions = 0
+        """How often KV was taken from a request or an open prompt."""
         self._invalidated_tokens = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._endings = Endings()
@@ -88,6 +91,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         settings = _settings(self.vllm_config)
         policy = policies.named(settings.get("policy", DEFAULT_POLICY))
         self._views = Views(self, self._tables, policy, self._shares)
+        self._execution = Execution(self, self._tables, self._views)
         self.setup = setup_of(self.vllm_config)
         self.cost = cost_model(settings.get("cost_model"), self.setup)
         """What bringing back a victim's KV costs; None if nobody has measured it."""
@@ -138,7 +142,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         before = prompt.request.num_computed_tokens
         pool = self.kv_cache_manager.block_pool
         free_before = pool.get_num_free_blocks()
-        self._renew(prompt, prompt.request.prompt_token_ids[:keep] + tokens, keep)
+        self.renew(prompt, prompt.request.prompt_token_ids[:keep] + tokens, keep)
         prompt.lost_tokens = min(prompt.lost_tokens, keep)
         prompt.last_input_s = self._clock()  # its new request is touched already
         self._replan = True
@@ -169,7 +173,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         one is no error."""
         self._replan |= self._leases.end(prompt_id)
         if (prompt := self._prompts.pop(prompt_id, None)) is not None:
-            self._withdraw(prompt)
+            self.withdraw(prompt)
             self._present.discard(prompt_id)
             self._views.drop_prompt(prompt)
             self._release(prompt.request)
@@ -228,7 +232,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "waiting": waiting,
             "waiting_tokens": self._views.order.waiting_tokens(),
             "open_prompts": len(self._prompts),
-            "preemptions": self._preemptions,
+            "preemptions": self.preemptions,
             "invalidated_tokens": self._invalidated_tokens,
             "policy": self._views.order.policy.name,
             "hardware": self.setup.hardware,
@@ -248,11 +252,13 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
                 return  # nobody waits for it: its prompt was replaced while it was on its way
             del self._prompts[prompt.prompt_id]
             self._present.discard(prompt.prompt_id)
-            self._withdraw(prompt)
+            self.withdraw(prompt)
             self._views.drop_prompt(prompt)
             before = prompt.request.num_computed_tokens
             self._inherit(prompt.request, request, request.num_tokens)
-            self._take_cached(request, self.kv_cache_manager.block_pool.get_num_free_blocks())
+            self._execution.take_cached(
+                request, self.kv_cache_manager.block_pool.get_num_free_blocks()
+            )
             self._invalidated_tokens += max(before - request.num_computed_tokens, 0)
             request.arrival_time = prompt.opened_s
             self._views.last_input_s[request.request_id] = self._clock()
@@ -300,7 +306,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         # of several tenants, among whom vLLM knows no turns.
         if not self._prompts and not self.kv_holding_waiting and not self._present.compete:
             return super().schedule(throttle_prefills)
-        hidden = self._carry_out(self.decide())
+        decided = self.decide()
+        self._grants = dict(decided.grants)
+        hidden = self._execution.carry_out(decided)
         try:
             return super().schedule(throttle_prefills)
         finally:
@@ -327,17 +335,17 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         )
         if self._grants is not None:
             granted = min(granted, self._grants.get(request.request_id, 0))
-        if request.request_id in self._partial:
+        if request.request_id in self.partial:
             granted = min(granted, request.num_tokens - 1 - num_computed_tokens)
         return max(granted, 0)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
-            if (prompt := self._partial.get(request_id)) is not None:
+            if (prompt := self.partial.get(request_id)) is not None:
                 self._views.touch(prompt.request)
                 if not prompt.remaining_tokens:
-                    self._withdraw(prompt)
+                    self.withdraw(prompt)
 
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if request.status != RequestStatus.RUNNING:  # a token from before it was preempted
@@ -347,7 +355,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self._views.touch(request)
-        self._preemptions += 1
+        self.preemptions += 1
 
     # Decide.
 
@@ -355,7 +363,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         """What the next step is to compute, and whose KV goes for it."""
         self._views.refresh()
         partial = sum(
-            prompt.request.status == RequestStatus.RUNNING for prompt in self._partial.values()
+            prompt.request.status == RequestStatus.RUNNING for prompt in self.partial.values()
         )
         policy = self._views.order.policy
         budget_tokens = policy.budget_tokens(self._views.step_tokens, self._present.compete)
@@ -388,110 +396,15 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         keep_tokens = keep_blocks * self._tables.block_size
         return self._host.restore(view.computed_tokens, keep_tokens)[1]
 
-    # Make room, and show vLLM what it may schedule.
-
-    def _carry_out(self, decided: Plan) -> list[Request]:
-        """Evict, bring the granted prompts into vLLM's queues, park the others.
-
-        Returns the waiting requests that were not granted. They are taken out of the queues
-        for this step, because vLLM stops at the first waiting request it can't schedule.
-        """
-        self._grants = dict(decided.grants)
-        for eviction in decided.evictions:
-            prompt = self._views.prompts.get(eviction.request_id)
-            if prompt is None:
-                self._evict_request(self.requests[eviction.request_id])
-            else:
-                self._evict_prompt(prompt, eviction.keep_blocks)
-        granted_blocks = sum(self._tables.needed(tokens) + 1 for tokens in self._grants.values())
-        for prompt in [p for i in self._grants if (p := self._views.prompts.get(i)) is not None]:
-            free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()
-            self._activate(prompt, free_blocks - granted_blocks)
-        idle = [p for i, p in self._partial.items() if i not in self._grants]
-        for prompt in [p for p in idle if not loading(p.request)]:
-            self._renew(prompt, prompt.request.prompt_token_ids, prompt.request.num_tokens)
-        rank = {request_id: i for i, request_id in enumerate(self._grants)}
-        self.running.sort(key=lambda r: rank.get(r.request_id, len(rank)))
-        return self._hide_waiting(rank)
-
-    def _hide_waiting(self, rank: dict[str, int]) -> list[Request]:
-        waiting = [*self.kv_holding_waiting, *self.waiting]
-        self.kv_holding_waiting.remove_requests(waiting)
-        self.waiting.remove_requests(waiting)
-        shown = [r for r in waiting if r.request_id in rank or loading(r)]
-        for request in sorted(shown, key=lambda r: rank.get(r.request_id, len(rank))):
-            self._enqueue_waiting_request(request)
-        return [r for r in waiting if r.request_id not in rank and not loading(r)]
-
-    def _evict_request(self, request: Request) -> None:
-        """Take everything from an ordinary request, as vLLM's preemption does."""
-        if request.status == RequestStatus.RUNNING:
-            self.running.remove(request)
-            self._preempt_request(request, time.monotonic())
-            return
-        self.kv_holding_waiting.remove_requests([request])
-        self._free_request_blocks(request)
-        self._views.touch(request)
-        request.num_computed_tokens = 0
-        self._preemptions += 1
-        self._enqueue_waiting_request(request)
-
-    def _evict_prompt(self, prompt: OpenPrompt, keep_blocks: int) -> None:
-        """Take the tail blocks of an open prompt and park it."""
-        keep = min(keep_blocks * self._tables.block_size, prompt.request.num_computed_tokens)
-        prompt.lost_tokens = max(prompt.lost_tokens, prompt.request.num_computed_tokens)
-        self._renew(prompt, prompt.request.prompt_token_ids, keep)
-        self._preemptions += 1
-
-    def _activate(self, prompt: OpenPrompt, room_blocks: int) -> None:
-        if not prompt.scheduled:
-            self._take_cached(prompt.request, room_blocks)
-        if self._covered_by_cache(prompt.request) or not prompt.remaining_tokens:
-            self._withdraw(prompt)
-        elif not prompt.scheduled:
-            prompt.scheduled = True
-            self._partial[prompt.request.request_id] = prompt
-            fetches = self._fetches(prompt.request, prompt.lost_tokens)
-            prompt.lost_tokens = 0
-            super().add_request(prompt.request)
-            if not fetches:
-                self._host.forbid(prompt.request, store=self.cost is None)
-
-    def _take_cached(self, request: Request, room_blocks: int) -> None:
-        """Take what the prefix cache has behind the KV of a request that is about to be queued.
-
-        vLLM looks only for requests without any. A stream that grows through documents which
-        others have brought too would compute all but the first of them again.
-        """
-        if (
-            request.num_computed_tokens
-            and self._tables.plain
-            and self.kv_cache_manager.prefix_cache_lookup_enabled(request)
-            and self._request_blocks_can_be_freed(request)
-        ):
-            computed = self._tables.take_cached(request, room_blocks, self._free_blocks_of_tail)
-            if computed:
-                request.num_computed_tokens = computed
-                self._views.touch(request)
-
-    def _covered_by_cache(self, request: Request) -> bool:
-        """Take the prefix-cache hits of a fresh request if they leave nothing to compute.
-
-        vLLM looks them up itself when it schedules a request, but can't schedule one that
-        has no token to compute.
-        """
-        if request.num_computed_tokens or request.num_tokens == 1:
-            return False
-        blocks, hit_tokens, *_ = self.kv_cache_manager.get_computed_blocks(request)
-        if hit_tokens < request.num_tokens - 1:
-            return False
-        taken = self.kv_cache_manager.allocate_slots(
-            request, 0, num_new_computed_tokens=hit_tokens, new_computed_blocks=blocks
-        )
-        if taken is not None:
-            request.num_computed_tokens = hit_tokens
-            self._views.touch(request)
-        return taken is not None
+    def admit(self, prompt: OpenPrompt) -> None:
+        """Bring a prompt that is parked into vLLM's queues."""
+        prompt.scheduled = True
+        self.partial[prompt.request.request_id] = prompt
+        fetches = self._fetches(prompt.request, prompt.lost_tokens)
+        prompt.lost_tokens = 0
+        super().add_request(prompt.request)
+        if not fetches:
+            self._host.forbid(prompt.request, store=self.cost is None)
 
     # Host memory.
 
@@ -522,9 +435,9 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             if self._handle_blocked_waiting_request(request):
                 self.deferred_waiting.discard(request)
                 self._views.touch(request)
-                prompt = self._partial.get(request.request_id)
+                prompt = self.partial.get(request.request_id)
                 if prompt is not None and not prompt.remaining_tokens:
-                    self._withdraw(prompt)
+                    self.withdraw(prompt)
 
     def _settle_for_computing(self) -> None:
         """The request that vLLM stopped at, though it was granted tokens, fetches no KV.
@@ -564,13 +477,13 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         request.update_block_hashes()
         return request
 
-    def _renew(self, prompt: OpenPrompt, tokens: list[int], keep: int) -> None:
+    def renew(self, prompt: OpenPrompt, tokens: list[int], keep: int) -> None:
         """Replace an open prompt's request by one with these tokens, and park it.
 
         `keep`: first tokens that are the same in both and whose KV shall stay.
         """
         old = prompt.request
-        self._withdraw(prompt)
+        self.withdraw(prompt)
         self._views.drop_prompt(prompt)
         same = min(keep, len(tokens)) // self.hash_block_size
         prompt.request = self._version(
@@ -601,7 +514,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         if shorter:
             # Never into a block that is full: it is hashed and may be shared.
             computed -= computed % self._tables.block_size
-            self._tables.cut(old.request_id, computed, self._free_blocks_of_tail)
+            self._tables.cut(old.request_id, computed, self.free_tail)
         self._tables.hand_over(old.request_id, new.request_id)
         # What a step in flight still writes to is fenced by the number of that step.
         new.last_sched_seq = max(new.last_sched_seq, old.last_sched_seq)
@@ -612,7 +525,8 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         if request.request_id not in self.requests:
             self._free_request_blocks(request)
 
-    def _free_blocks_of_tail(self, blocks: list[KVCacheBlock]) -> None:
+    def free_tail(self, blocks: list[KVCacheBlock]) -> None:
+        """Give back blocks that were cut off a request, the last of them first."""
         self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
 
     def _take_back(self, prompt_id: str) -> OpenPrompt:
@@ -632,19 +546,19 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self._views.drop(request)
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         prompt = OpenPrompt(prompt_id, request, request.arrival_time, self._clock(), scheduled=True)
-        self._prompts[prompt_id] = self._partial[request.request_id] = prompt
+        self._prompts[prompt_id] = self.partial[request.request_id] = prompt
         self._present.put(prompt_id, self._shares.tenant_of(request.cache_salt))
         self._views.put_prompt(prompt)
         return prompt
 
-    def _withdraw(self, prompt: OpenPrompt) -> None:
+    def withdraw(self, prompt: OpenPrompt) -> None:
         """Take a prompt's request out of vLLM's queues and the workers, blocks untouched."""
         if not prompt.scheduled:
             return
         request = prompt.request
         prompt.scheduled = False
         self._views.touch(request)
-        del self._partial[request.request_id]
+        del self.partial[request.request_id]
         if loading(request):
             super().finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
             request.num_computed_tokens = 0
