@@ -7,13 +7,14 @@ their chunks and are answered, and a failure comes at a random moment of that:
 - `stop prefill`: the processes of a prefill engine stand still for a while, also while the other
   engine fetches KV from it: a transfer that fails.
 - `stop decode`: those of the decode engine do, for longer than the lease of the KV that waits, so
-  that it reads what is not there any more.
+  that it reads what is not there any more. That an engine stands still nobody can know before a
+  poll has waited `POLL_TIMEOUT_S` for it.
 - `leave`: the clients go away.
 
 Each answer is to be what the same prompt gets without a failure, token for token where it is
 greedy; one whose sampling can't be repeated may instead end with an error event, once it has begun,
-within `ERROR_WITHIN_S`. `hung`: not ended within `--patience` seconds. After each run no engine may
-hold KV.
+within `ERROR_WITHIN_S` of when the gateway can know. `hung`: not ended within `--patience` seconds.
+After each run no engine may hold KV.
 
 `make bench-failures`.
 """
@@ -53,6 +54,7 @@ FETCH_S = 5
 """How long the gateway lets the decode engine wait for it."""
 PREFILL_STOPPED_S, DECODE_STOPPED_S = 7.0, 4.0
 """Longer than a fetch may take; longer than the lease, and not so long."""
+POLL_S, POLL_TIMEOUT_S = 0.5, 3.0
 ERROR_WITHIN_S = 2.0
 FREED_WITHIN_S = 20.0
 KNOWN_S = 90.0
@@ -116,7 +118,7 @@ class Bed:
         self.front = running.enter_context(
             gateway(urls, ["--decode-engine", self.decode.url, "--handoff-min-tokens", "1",
                            "--handoff-idle-tokens", "-1", "--handoff-timeout-s", str(FETCH_S),
-                           "--poll-s", "0.5", "--poll-timeout-s", "3"])
+                           "--poll-s", str(POLL_S), "--poll-timeout-s", str(POLL_TIMEOUT_S)])
         )  # fmt: skip
         self.whole = running.enter_context(gateway(urls[:1]))
         for front in (self.front, self.whole):
@@ -289,11 +291,12 @@ def outcome(ended: Ending) -> str:
     return "answered" if ended.error is None else "broken"
 
 
-def wrong(ended: Ending, whole: str) -> str | None:
+def wrong(ended: Ending, whole: str, told_within_s: float) -> str | None:
     """What is wrong with an ending, if anything is.
 
     Args:
         whole: the answer to the same prompt where nothing fails.
+        told_within_s: the latest that an error may come after the failure.
     """
     if ended.hung:
         return "hung"
@@ -301,7 +304,7 @@ def wrong(ended: Ending, whole: str) -> str | None:
     if ended.error is not None:
         if sampling != "free" or not ended.text:
             return f"{sampling} answer broke off: {ended.error}"
-        return None if ended.late_s < ERROR_WITHIN_S else f"told after {ended.late_s:.1f} s"
+        return None if ended.late_s < told_within_s else f"told after {ended.late_s:.1f} s"
     if sampling == "greedy" and ended.text != whole:
         return f"another answer: {ended.text!r} for {whole!r}"
     return None
@@ -410,7 +413,12 @@ async def inject(bed: Bed, options: argparse.Namespace) -> tuple[list[Run], list
             if FAILURES[failure] is not None:
                 await known(bed.whole)
                 texts = await wholes(bed, endings)
-                found = [w for e, text in zip(endings, texts, strict=True) if (w := wrong(e, text))]
+                seen_s = POLL_S + POLL_TIMEOUT_S if failure.startswith("stop") else 0.0
+                found = [
+                    w
+                    for e, text in zip(endings, texts, strict=True)
+                    if (w := wrong(e, text, seen_s + ERROR_WITHIN_S))
+                ]
             limit_s = FREED_WITHIN_S if FAILURES[failure] else LEFT_WITHIN_S
             if not 0 <= done.back_s < limit_s:
                 found.append(f"KV back after {done.back_s:.1f} s")
