@@ -14,7 +14,8 @@ bench-sim bench-fairness bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
     bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
-    bench-pools bench-failures bench-fairness bench-throughput soak measure-gpu chaos report workload clean
+    bench-pools bench-failures bench-fairness bench-throughput soak measure-gpu chaos \
+    bench-slowloris bench-overload report workload clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -96,6 +97,12 @@ chaos: model ## faults of all kinds under 1,150 streams: what is hung, wrong or 
 
 bench-fairness: $(READY) ## one tenant at ten times its share: TTFT of the others, on the simulated engine
 	@$(BIN)/python -m loadtest.bench_fairness
+
+bench-slowloris: model ## 2,000 slow connections at a gateway while 50 honest streams run
+	@$(BIN)/python -m loadtest.bench_slowloris
+
+bench-overload: model ## three times what an engine can do: TTFT of those let in, refusals, memory
+	@$(BIN)/python -m loadtest.bench_overload $(OPTIONS)
 
 bench-plan: $(READY) ## what deciding one step costs, up to 5,000 requests
 	@$(BIN)/python -m loadtest.bench_plan

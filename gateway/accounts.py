@@ -111,3 +111,9 @@ class Accounts:
         account = self._accounts.setdefault(tenant.name, Account(tenant))
         account.tenant = tenant
         return account
+
+    def share(self, account: Account) -> float:
+        """Of what there is, by the weights of this tenant and of those with open streams."""
+        others = sum(a.tenant.weight for a in self._accounts.values() if a.streams)
+        own = account.tenant.weight
+        return own / (others if account.streams else others + own)

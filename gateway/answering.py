@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
+from gateway.crowd import Crowd
 from gateway.errors import GatewayError
 from gateway.telemetry import Metrics
 
@@ -13,7 +14,12 @@ from gateway.telemetry import Metrics
 class Answering:
     """Events that wait to be read. Never more than one answer's."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, crowd: Crowd, opened_s: float) -> None:
+        """
+        Args:
+            crowd: of the streams that wait with this one.
+            opened_s: when the stream was, by the monotonic clock.
+        """
         self.sampling: Sampling | None = None
         """How to answer; None before the input is closed."""
         self.begun = False
@@ -22,20 +28,28 @@ class Answering:
         """When the input was closed, in Unix time."""
         self.ttft_s: float | None = None
         self.done: DoneEvent | None = None
-        self._metrics = metrics
+        self._metrics, self._crowd = metrics, crowd
+        self._opened_s = opened_s
         self._asked_s = 0.0
+        self._waits = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def ask(self, sampling: Sampling) -> None:
         """The input is closed."""
         self.sampling, self._asked_s = sampling, time.monotonic()
         self.asked_at_s = time.time()
+        self._waits = True
+        self._crowd.asked()
 
     def put(self, event: Event) -> None:
         """An event of the engine, to be passed on."""
         if isinstance(event, TokenEvent) and not self.begun:
-            self.ttft_s = time.monotonic() - self._asked_s
+            now_s = time.monotonic()
+            self.ttft_s = now_s - self._asked_s
             self._metrics.ttft.observe(self.ttft_s)
+            if self._waits:
+                self._waits = False
+                self._crowd.answered(self.ttft_s, now_s - self._opened_s)
         if isinstance(event, DoneEvent):
             self.done = event
             self._metrics.prompt_tokens.inc(event.prompt_tokens)
@@ -43,6 +57,12 @@ class Answering:
             self._metrics.completion_tokens.inc(event.completion_tokens)
         self.begun = True
         self._events.put_nowait(event)
+
+    def stop_waiting(self) -> None:
+        """There will be no first token, if there was none."""
+        if self._waits:
+            self._waits = False
+            self._crowd.left()
 
     def break_off(self, error: GatewayError) -> None:
         """Nothing follows."""

@@ -248,6 +248,7 @@ async def _open(
     app, tenant = request.app, tenant_of(request)
     app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))
     app[LOAD].check(app[ENGINES].serving(body.model))
+    app[STREAMS].check_crowd(body.model, account_of(request))
     wanted = body.wanted
     plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
     builder = await builder_for(app, body.model)

@@ -28,6 +28,7 @@ from gateway.answering import Answering
 from gateway.books import Books
 from gateway.chores import Chores
 from gateway.course import Course
+from gateway.crowd import Crowd
 from gateway.ending import ending_of
 from gateway.engines import AnyEngine, Engine
 from gateway.errors import (
@@ -74,6 +75,7 @@ class Stream:
         keeper: Keeper | None,
         rule: Rule,
         metrics: Metrics,
+        crowd: Crowd,
         ended: Callable[[Stream], None],
         moved: Callable[[Stream], None],
     ) -> None:
@@ -101,13 +103,13 @@ class Stream:
         """Of its answer, once its input is closed."""
         self._answer_tokens = options.answer_tokens or 1
         self._placer = placer
-        self._metrics = metrics
+        self._metrics, self._crowd = metrics, crowd
         self._ended, self._moved = ended, moved
         self._taking = asyncio.Lock()
         self._changed = asyncio.Event()
         self._changed.set()  # the head is there to be read
         self._chores = Chores()
-        self._answering = Answering(metrics)
+        self._answering = self._unasked()
         self._rule = rule
 
     @property
@@ -119,6 +121,9 @@ class Stream:
     def engine(self) -> Engine | None:
         """Where its prompt is, or was."""
         return self.line.engine or self.line.left
+
+    def _unasked(self) -> Answering:
+        return Answering(self._metrics, self._crowd, self.begun_s)
 
     async def begin(self) -> None:
         """Make the stream known to the other replicas and begin to read.
@@ -384,7 +389,8 @@ class Stream:
         await self._chores.stopped()
         if self.state != "finishing":
             return
-        self.state, self._answering, self.course = "open", Answering(self._metrics), None
+        self._answering.stop_waiting()
+        self.state, self._answering, self.course = "open", self._unasked(), None
         self.touched_s = time.monotonic()
         self.line.begin_anew()
         self._start()
@@ -437,6 +443,7 @@ class Stream:
         self.known.clear()
         self.touched_s = time.monotonic()
         self.line.disconnect()
+        self._answering.stop_waiting()
         ending_of(self, self._answering).told(self._metrics)
         self._chores.stop(others=True)
         if self.books.kept and state != "moved":

@@ -11,7 +11,8 @@ from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from typing import Any
 
-from gateway.accounts import Accounts
+from gateway.accounts import Account, Accounts
+from gateway.crowd import Crowd
 from gateway.engines import AnyEngine
 from gateway.errors import GatewayError, Overloaded
 from gateway.handoff import Rule
@@ -50,6 +51,7 @@ class Streams:
         self._streams: dict[str, Stream] = {}
         self._alive = 0
         self._alive_of: Counter[str] = Counter()
+        self._crowds: dict[str, Crowd] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = asyncio.Semaphore(AT_ONCE)
@@ -122,6 +124,22 @@ class Streams:
         if self._alive >= self._settings.max_streams:
             raise Overloaded(f"{self._alive} streams are open")
 
+    def check_crowd(self, model: str, account: Account) -> None:
+        """Whether the engines of a model can do with one more stream of a tenant.
+
+        Raises:
+            Overloaded
+        """
+        crowd = self._crowd(model)
+        try:
+            share = self._accounts.share(account)
+            crowd.check(self._alive_of[model], account.streams, share)
+        finally:
+            self._metrics.stream_bound.labels(model).set(crowd.bound)
+
+    def _crowd(self, model: str) -> Crowd:
+        return self._crowds.setdefault(model, Crowd())
+
     def adopt(
         self,
         stream_id: str,
@@ -161,6 +179,7 @@ class Streams:
             keeper=self._keeper if kept else None,
             rule=self._rule(),
             metrics=self._metrics,
+            crowd=self._crowd(model),
             ended=self._ended,
             moved=self._moved,
         )

@@ -50,6 +50,12 @@ class Metrics:
         )
         for end in ENDS:  # so that a rate of the first one is seen
             self.streams.labels(end)
+        self.stream_bound = Gauge(
+            "stream2llm_stream_bound",
+            "Streams that may be open at once, as learned from what engines do",
+            ["gen_ai_request_model"],
+            registry=self.registry,
+        )
         self.live = StreamFigures(LIVE)
         self.registry.register(self.live)
         self.chunks = Counter("stream2llm_chunks_total", "Chunks taken in", registry=self.registry)

@@ -55,8 +55,12 @@ class Seen:
     chat_ttft_s: list[float] = field(default_factory=list)
     between_tokens_s: list[float] = field(default_factory=list)
     open_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    """Until the gateway said that it opens no stream now."""
     chunk_ack_s: list[float] = field(default_factory=list)
     driver_late_s: list[float] = field(default_factory=list)
+    answered_at_s: list[float] = field(default_factory=list)
+    """When answers were complete, from the start."""
     answered: int = 0
     cancelled: int = 0
     chunks: int = 0
@@ -91,6 +95,7 @@ LATENCIES = {
     "chat_ttft_s": "TTFT of plain chat",
     "between_tokens_s": "between tokens",
     "open_s": "opening a stream",
+    "refused_s": "refusing a stream",
     "chunk_ack_s": "chunk ack",
     "driver_late_s": "driver late",
 }
@@ -140,7 +145,7 @@ class _Player:
         """Open, feed, finish; or give up at an input, at the last one within the answer."""
         try:
             await self._reach(self._query.arrival_s)
-            stream = await self._front.open([{"role": "user", "content": self._question()}])
+            stream = await self._open()
             self._seen.open_s.append(self._clock.now_s - self._query.arrival_s)
             self._seen.opened()
             try:
@@ -149,6 +154,13 @@ class _Player:
                 self._seen.ended()
         except (Refused, aiohttp.ClientError, TimeoutError) as e:
             self._failed(e)
+
+    async def _open(self) -> str:
+        try:
+            return await self._front.open([{"role": "user", "content": self._question()}])
+        except Refused:
+            self._seen.refused_s.append(self._clock.now_s - self._query.arrival_s)
+            raise
 
     async def chat(self) -> None:
         """Ask for an answer to the whole prompt."""
@@ -219,6 +231,7 @@ class _Player:
                     self._seen.cancelled += 1
                     return
         self._seen.answered += 1
+        self._seen.answered_at_s.append(self._clock.now_s)
 
     async def _reach(self, due_s: float) -> None:
         await self._clock.until(due_s)

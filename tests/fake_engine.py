@@ -23,6 +23,7 @@ from engine_adapter.sessions import Limits, Status
 from engine_adapter.simulated.routes import PROMPTS, errors, routes
 
 MODEL = "fake"
+LONG_TOKENS = 1000
 
 
 @dataclass
@@ -33,6 +34,8 @@ class FakeCore:
     prefill_s: Callable[[list[int]], float] = lambda tokens: 0.0
     """From closing the input, which is these tokens, to the first token."""
     kv_blocks: int = 100_000
+    long_answers: bool = False
+    """An answer that may have `LONG_TOKENS` is a megabyte."""
     hands_over: bool = False
     leased: dict[str, list[int]] = field(default_factory=dict)
     """Prompts whose KV waits for another engine."""
@@ -129,7 +132,9 @@ class FakeCore:
         finally:
             self.answering -= 1
         over = self.hands_over and params.max_tokens == 1
-        texts = ("an",) if over else ("an", "swer")
+        texts = ["an"] if over else ["an", "swer"]
+        if self.long_answers and (params.max_tokens or 0) >= LONG_TOKENS:
+            texts = ["long " * 4000] * 50
         for text in texts:
             yield TokenEvent(token_ids=[1], text=text)
         if over:
@@ -168,6 +173,7 @@ if __name__ == "__main__":
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
-    web.run_app(
-        FakeEngine().app(), host="127.0.0.1", port=parser.parse_args().port, access_log=None
-    )
+    parser.add_argument("--long-answers", action="store_true")
+    options, fake = parser.parse_args(), FakeEngine()
+    fake.core.long_answers = options.long_answers
+    web.run_app(fake.app(), host="127.0.0.1", port=options.port, access_log=None)
