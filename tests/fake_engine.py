@@ -154,10 +154,12 @@ class FakeCore:
 class FakeEngine:
     """The HTTP side."""
 
-    def __init__(self, max_model_len: int = 100_000, model: str = MODEL) -> None:
+    def __init__(
+        self, max_model_len: int = 100_000, model: str = MODEL, most_open: int = 100_000
+    ) -> None:
         self.max_model_len = max_model_len
         self.core = FakeCore(kv_blocks=max_model_len)
-        limits = Limits(max_model_len, 1_000_000, 100_000)
+        limits = Limits(max_model_len, 1_000_000, most_open)
         self.prompts = StreamingPrompts(self.core, limits, name="fake", model=model, block_size=16)
         self.sessions = self.prompts.sessions
         self.finished = self.core.finished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,12 @@ class Pair:
         return not core.leased and not core.tokens
 
 
-@pytest_asyncio.fixture(scope="session")
-async def running_pair(model_dir: Path) -> AsyncIterator[Pair]:
+@asynccontextmanager
+async def running(model_dir: Path, timeout_s: float) -> AsyncIterator[Pair]:
+    """
+    Args:
+        timeout_s: longest wait for the decode engine.
+    """
     reads = FakeEngine()
     decodes = FakeOpenAI(
         card={"id": MODEL, "max_model_len": 4096},
@@ -64,11 +68,19 @@ async def running_pair(model_dir: Path) -> AsyncIterator[Pair]:
             urls.append(str(server.make_url("")).rstrip("/"))
         settings = Settings(
             engine=(urls[0],), decode_engine=(urls[1],), tokenizer=str(model_dir),
-            handoff_min_tokens=3, handoff_idle_tokens=-1, handoff_timeout_s=0.5,
+            handoff_min_tokens=3, handoff_idle_tokens=-1, handoff_timeout_s=timeout_s,
         )  # fmt: skip
         gateway = await running.enter_async_context(TestServer(build(settings)))
         async with Client(str(gateway.make_url(""))) as client:
-            yield Pair(reads, decodes, client)
+            pair = Pair(reads, decodes, client)
+            pair.reset()
+            yield pair
+
+
+@pytest_asyncio.fixture(scope="session")
+async def running_pair(model_dir: Path) -> AsyncIterator[Pair]:
+    async with running(model_dir, 0.5) as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -146,3 +158,13 @@ async def test_a_client_that_hangs_up_frees_both_sides(pair: Pair, phase: str) -
         return pair.is_clean and len(pair.decodes.aborted) == 1
 
     await until(freed, within_s=1)
+
+
+@pytest.mark.engine
+async def test_the_decode_engine_may_take_as_long_as_the_setting_says(model_dir: Path) -> None:
+    async with running(model_dir, 40) as pair:
+        pair.decodes.answer_gate.clear()
+        asyncio.get_running_loop().call_later(22, pair.decodes.answer_gate.set)
+        text, status = await answer(pair, max_tokens=4)
+    assert text == "an 2 3 4"
+    assert status["handoff"]["resumed"] == 0

@@ -15,15 +15,18 @@ import pytest
 from engine_adapter.errors import EngineUnavailable
 from engine_adapter.messages import DoneEvent, EngineInfo, Event, Sampling, TokenEvent
 from engine_adapter.operations import Decoding
+from gateway.client import StreamError
 from gateway.engines import AnyEngine, DecodeEngine
 from gateway.errors import EngineFailed, EngineThere
 from gateway.placement import Engines
 from gateway.pool import Callbacks, Pool
+from gateway.prefixes import Prefixes
+from gateway.prompt import PromptBuilder
 from gateway.settings import Settings
 from gateway.telemetry import Metrics
 from tests.conftest import until
-from tests.fake_engine import MODEL
-from tests.gateway.pools import QUESTION, Front, front
+from tests.fake_engine import MODEL, FakeEngine
+from tests.gateway.pools import QUESTION, Breakable, Front, front, served
 
 
 async def answered(front: Front, **options: Any) -> str:
@@ -108,6 +111,69 @@ async def test_streams_beyond_what_engines_may_have_are_refused_and_those_let_in
         ]
         assert [response.status_code for response in finished] == [200] * 4
         assert (await open_one()).status_code == 201
+
+
+async def test_a_burst_of_streams_is_let_in_as_far_as_there_is_room(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame, held = PromptBuilder.frame, Prefixes.held
+
+    async def slow_frame(self: PromptBuilder, *args: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await frame(self, *args, **options)
+
+    async def slow_held(self: Prefixes, *args: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await held(self, *args, **options)
+
+    monkeypatch.setattr(PromptBuilder, "frame", slow_frame)
+    monkeypatch.setattr(Prefixes, "held", slow_held)
+    async with front(model_dir, 2, engine_max_streams=3) as f:
+        body = {"model": MODEL, "messages": QUESTION}
+        created = await asyncio.gather(
+            *(f.http.post(f.url + "/v1/streams", json=body) for _ in range(20))
+        )
+        let_in = [r.json()["id"] for r in created if r.status_code == 201]
+        assert sorted(r.status_code for r in created) == [201] * 6 + [503] * 14
+        passed = await f.http.post(f.url + "/v1/chat/completions", json=body)
+        assert passed.status_code == 503, "it would take a place that was promised"
+        path = f"{f.url}/v1/streams/"
+        posted = {"text": "the same for all"}
+        await asyncio.gather(*(f.http.post(f"{path}{name}/chunks", json=posted) for name in let_in))
+
+        async def all_placed() -> bool:
+            return sum(f.at(engine).streams for engine in f.engines) == 6
+
+        await until(all_placed, within_s=5)
+        assert [f.at(engine).streams for engine in f.engines] == [3, 3]
+
+
+async def test_a_stream_goes_on_elsewhere_when_its_engine_says_that_it_is_full(
+    model_dir: Path,
+) -> None:
+    full = Breakable(FakeEngine(most_open=0))
+    async with (
+        served(full.app()) as full.url,
+        front(model_dir, 0, engine=(full.url,), routing="round-robin") as f,
+    ):
+        async with f.client.stream(MODEL, QUESTION) as stream:
+            with pytest.raises(StreamError) as refused:
+                await stream.send("some context")
+                await stream.finish()
+            assert (refused.value.status, refused.value.code) == (503, "overloaded")
+        roomy = Breakable()
+        async with served(roomy.app()) as roomy.url:
+            f.pool.add(roomy.url, "engine")
+            await f.standing(roomy, "healthy")
+            assert [await answered(f) for _ in range(4)] == ["answer"] * 4
+            assert len(roomy.fake.finished) == 4
+            assert f.at(full).health.failures == 0
+            f.pool.drain(f.at(roomy), remove=True)
+
+            async def gone() -> bool:
+                return f.pool.by_url(roomy.url) is None
+
+            await until(gone, within_s=5)
 
 
 async def test_requests_that_are_passed_through_count_too(model_dir: Path) -> None:
