@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from gateway.chain import BlockChain
 from gateway.keeper import Keeper
@@ -23,11 +24,17 @@ class Books:
             keeper: None for a stream of which nobody else is to know.
         """
         self.ledger = Ledger()
-        self._stream = stream
+        self._of = ref(stream)
         self._keeper = keeper
         self._rewrites = 0
         self._chain: BlockChain | None = None
         self._digested = (0, 0, digest([]))  # of so many tokens, after so many rewrites
+
+    @property
+    def _stream(self) -> Stream:
+        stream = self._of()
+        assert stream is not None, "only the stream itself asks for its books"
+        return stream
 
     @property
     def kept(self) -> bool:

@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from gateway.tasks import begin
+
 Work = Coroutine[Any, Any, None]
 
 
@@ -14,18 +16,16 @@ class Chores:
     """Tasks that end with their owner, and last words that do not."""
 
     def __init__(self) -> None:
-        self._tasks: list[asyncio.Task[None]] = []
-        self._last_words: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_words: set[asyncio.Task[None]] = set()
 
     def begin(self, work: Work) -> None:
         """What the stream lives by."""
-        self._tasks = [task for task in self._tasks if not task.done()]
-        self._tasks.append(asyncio.create_task(work))
+        _begin_among(self._tasks, work)
 
     def say(self, work: Work) -> None:
         """Something that is done whatever becomes of the stream; `all_done` waits for it."""
-        self._last_words = [task for task in self._last_words if not task.done()]
-        self._last_words.append(asyncio.create_task(work))
+        _begin_among(self._last_words, work)
 
     def stop(self, *, others: bool = False) -> None:
         """Cancel what was begun.
@@ -47,3 +47,10 @@ class Chores:
         """Nothing is under way any more."""
         await self.stopped()
         await asyncio.gather(*self._last_words, return_exceptions=True)
+
+
+def _begin_among(tasks: set[asyncio.Task[None]], work: Work) -> None:
+    """One that has ended is not kept: what has ended it may hold on to the owner."""
+    task = begin(work, "a task of a stream")
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)

@@ -113,6 +113,12 @@ class Course:
             EngineError, EngineFailed: no engine can, or none can go on with it.
             Moved: another replica has taken the stream over.
         """
+        try:
+            await self._run()
+        finally:  # what a stream remembers of its answer does not keep the stream alive
+            self._tell = self._free = _ignored
+
+    async def _run(self) -> None:
         leg: Callable[[], Awaitable[DoneEvent]] = self._close
         resumed = 0
         while True:
@@ -393,3 +399,7 @@ class Course:
     @property
     def _prompt_tokens(self) -> int:
         return len(self._wanted) + len(self._tail)
+
+
+def _ignored(*_: object) -> None:
+    """It is over."""

@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from typing import Any
 
 from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
@@ -80,7 +81,7 @@ class KeptAnswer:
         """
         await self._closed.wait()
         if self._error is not None:
-            raise self._error
+            raise copy(self._error)
 
     def stop(self) -> None:
         """The gateway ends."""
@@ -124,7 +125,7 @@ class KeptAnswer:
                 at += 1
             elif self._ended:
                 if self._error is not None:
-                    raise self._error
+                    raise copy(self._error)
                 return
             elif not await _heard(news, heartbeat_s):
                 yield None
@@ -138,7 +139,7 @@ class KeptAnswer:
         while not self._ended:
             await self._news.wait()
         if self._body is None:
-            raise self._error or why_broken(self._stream)
+            raise copy(self._error) or why_broken(self._stream)
         return self._body
 
     async def _run(self) -> None:
@@ -160,7 +161,7 @@ class KeptAnswer:
 
     def _break_off(self, reason: BaseException) -> None:
         if isinstance(reason, GatewayError | Moved):
-            self._error = reason
+            self._error = copy(reason)  # one that was raised holds on to whoever raised it
         elif isinstance(reason, asyncio.CancelledError):
             self._error = Draining("the gateway ends")
         else:
@@ -203,6 +204,7 @@ class KeptAnswer:
         self._news = asyncio.Event()
 
     def _abandon(self) -> None:
+        self._leaving = None
         self._chores.say(self._cancelled())
 
     async def _cancelled(self) -> None:

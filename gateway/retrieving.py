@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Seq
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
+from weakref import proxy
 
 from gateway.errors import BadRequest, GatewayError, Overloaded, RetrievalFailed
 from gateway.keeper import Moved
@@ -119,7 +120,7 @@ class Retrieval:
         metrics: Metrics,
     ) -> None:
         self.state: State = "running"
-        self._stream = stream
+        self._stream: Fed = proxy(stream)  # which has this, and ends it when it ends itself
         self._query = plan.query
         self._tokenize = tokenize
         self._max_tokens = sys.maxsize if max_tokens is None else max_tokens

@@ -18,8 +18,9 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from copy import copy
 from typing import Literal
+from weakref import WeakMethod
 
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import DoneEvent, Event, Progress
@@ -86,14 +87,14 @@ class Stream:
         self.asked = b""  # the digest of what was asked under an idempotency key
         self.prompt = prompt
         self.state: State = "open"
-        self.error: GatewayError | None = None
+        self._error: GatewayError | None = None
         self.created_s = time.time()
         self.begun_s = self.touched_s = self.renewed_s = time.monotonic()
         self.known = KnownDocuments()
         self.options = options
         self.line = Line(
             stream_id, placer, lease_s=lease_s, tenant=self.tenant,
-            contested=partial(self.keep, renew=True), metrics=metrics,
+            contested=_still(self._contested), metrics=metrics,
         )  # fmt: skip
         self.books = Books(self, keeper)
         self.taken: list[Taken] = []
@@ -111,6 +112,11 @@ class Stream:
         self._chores = Chores()
         self._answering = self._unasked()
         self._rule = rule
+
+    @property
+    def error(self) -> GatewayError | None:
+        """Why it failed, if it did: a copy, since one that was raised holds on to its stream."""
+        return copy(self._error)
 
     @property
     def ended(self) -> bool:
@@ -315,6 +321,9 @@ class Stream:
             self.let_go()
             raise
 
+    async def _contested(self) -> None:
+        await self.keep(renew=True)
+
     async def look(self) -> None:
         """Ask the engine where the prompt stands, which renews its lease there."""
         if self.state == "open":
@@ -341,7 +350,7 @@ class Stream:
     def fail(self, error: GatewayError) -> None:
         """No engine goes on with it. Whoever waits for the answer gets an error event."""
         if not self.ended:
-            self.error = error
+            self._error = copy(error)
             self._end("failed")
             self._answering.break_off(error)
 
@@ -351,8 +360,8 @@ class Stream:
             logger.warning("stream %s is held by another replica now", self.id)
             self._end("moved")
             self._moved(self)
-            self.error = EngineFailed("another replica holds the stream")
-            self._answering.break_off(self.error)
+            self._error = EngineFailed("another replica holds the stream")
+            self._answering.break_off(self._error)
         elif self.state != "moved":  # it has ended here, but not there
             self.state = "moved"
             self._moved(self)
@@ -408,7 +417,7 @@ class Stream:
         if shared and self.books.kept:
             await self.take_back_finish()
             await self.release()
-            self.error = reason
+            self._error = copy(reason)
         elif self.state == "finishing":
             engine, prompt_id = self.line.engine, self.line.prompt_id
             self.fail(reason)
@@ -525,3 +534,14 @@ class Stream:
         if isinstance(event, DoneEvent):
             self.account.spend(event.completion_tokens)
             self._end("done")
+
+
+def _still(method: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """Calls a method of whoever is still there, without keeping it alive."""
+    found = WeakMethod(method)
+
+    async def call() -> None:
+        if (bound := found()) is not None:
+            await bound()
+
+    return call

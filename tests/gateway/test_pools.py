@@ -15,7 +15,7 @@ import pytest
 from engine_adapter.errors import EngineUnavailable
 from engine_adapter.messages import DoneEvent, EngineInfo, Event, Sampling, TokenEvent
 from engine_adapter.operations import Decoding
-from gateway.client import StreamError
+from gateway.client import Stream, StreamError
 from gateway.engines import AnyEngine, DecodeEngine
 from gateway.errors import EngineFailed, EngineThere
 from gateway.placement import Engines
@@ -31,8 +31,12 @@ from tests.gateway.pools import QUESTION, Breakable, Front, front, served
 
 async def answered(front: Front, **options: Any) -> str:
     async with front.client.stream(MODEL, QUESTION, **options) as stream:
-        await stream.send("some context")
-        return str((await stream.finish())["choices"][0]["message"]["content"])
+        return await whole_answer(stream)
+
+
+async def whole_answer(stream: Stream) -> str:
+    await stream.send("some context")
+    return str((await stream.finish())["choices"][0]["message"]["content"])
 
 
 async def test_an_engine_that_fails_its_streams_gets_none_until_one_has_worked_there(
@@ -158,8 +162,7 @@ async def test_a_stream_goes_on_elsewhere_when_its_engine_says_that_it_is_full(
     ):
         async with f.client.stream(MODEL, QUESTION) as stream:
             with pytest.raises(StreamError) as refused:
-                await stream.send("some context")
-                await stream.finish()
+                await whole_answer(stream)
             assert (refused.value.status, refused.value.code) == (503, "overloaded")
         roomy = Breakable()
         async with served(roomy.app()) as roomy.url:
