@@ -182,6 +182,7 @@ def _always_fork() -> None:
 
 def _become(order: Mapping[str, Any]) -> None:
     """Be the server that was ordered; does not return."""
+    code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -194,11 +195,16 @@ def _become(order: Mapping[str, Any]) -> None:
             os.sched_setaffinity(0, {order["core"]})
         sys.argv = list(order["arguments"])
         runpy.run_module(sys.argv[0], run_name="__main__")
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)
 
 
 if __name__ == "__main__":

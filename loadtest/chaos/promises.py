@@ -22,7 +22,7 @@ CODES = frozenset(
     {
         "ok", "broken", "engine_unavailable", "index_unavailable", "overloaded", "draining",
         "stream_not_found", "sequence_gap", "answer_gone", "idempotency_key_in_use",
-        "unknown_document", "input_closed", "model_not_found", "conflict",
+        "unknown_document", "input_closed", "model_not_found", "conflict", "storage_full",
     }
 )  # fmt: skip
 """How a request may end under faults. `broken`: the connection was, by a fault."""
