@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
 from gateway import course
 from gateway.accounts import Account
+from gateway.crowd import Crowd
 from gateway.handoff import Handoff, Rule, Situation, decide
 from gateway.prompt import Document, Prompt
 from gateway.requests import Options
@@ -70,6 +71,7 @@ def stream_in(world: World, rule: Rule = RULE) -> Stream:
         keeper=None,
         rule=rule,
         metrics=metrics,
+        crowd=Crowd(),
         ended=lambda _: None,
         moved=lambda _: None,
     )
