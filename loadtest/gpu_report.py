@@ -34,7 +34,7 @@ def cost_model(raw: Raw) -> CostModel:
         setup=Setup(
             model=raw.model,
             hardware=raw.card,
-            settings=f"bfloat16 tp1 step{raw.step_tokens} block16",
+            settings=f"bfloat16 tp1 step{raw.step_tokens} block16 no engine",
         ),
         source="measured",
         recompute=fit(computed),

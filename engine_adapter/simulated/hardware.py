@@ -144,7 +144,7 @@ H100 = Hardware(
     efficiency=0.635,
     attention_efficiency=0.583,
     step_overhead_s=0.0024,
-    host_efficiency=0.267,
+    host_efficiency=0.74,
 )
-"""One card, its constants fitted to what `loadtest.measure_gpu` measured on it: the model alone,
-without an engine's loop around it; KV moves as by vLLM's call for many copies."""
+"""One card. Its steps are fitted to what `loadtest.measure_gpu` measured of the model alone (vLLM's
+own loop hides behind them); its copies to what vLLM's offloading connector counted."""

@@ -565,6 +565,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         del self.requests[request.request_id]
         self._inflight_prefills.discard(request)
+        self._set_kv_fetch_stage(request, None)  # else vLLM's statistics keep it for ever
         if request.status == RequestStatus.RUNNING:
             self.running.remove(request)
         else:

@@ -303,7 +303,7 @@ class Engine:
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK_SIZE,
             hash_block_size=BLOCK_SIZE,
-            log_stats=False,
+            log_stats=True,
         )
         if host_blocks:
             self.scheduler.set_cost(SWAP_IS_CHEAP)
@@ -319,6 +319,11 @@ class Engine:
     @property
     def free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def fetching(self) -> int:
+        """Requests of which vLLM's statistics say that their KV is to come or has come."""
+        return sum(self.scheduler.make_stats().num_kv_fetch_reqs_by_stage.values())
 
     def request(
         self,

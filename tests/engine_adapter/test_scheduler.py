@@ -198,6 +198,7 @@ class History:
         assert answers == self.expected
         assert not any(self.engine.answers[request_id] for request_id in self.given_up)
         assert self.engine.free_blocks == self.engine.idle_blocks
+        assert self.engine.fetching == 0
         self.engine.scheduler.check_blocks()
 
 
@@ -427,6 +428,7 @@ def test_what_was_swapped_out_comes_back_without_being_computed(model_dir: Path)
     engine.drain()
     assert engine.scheduler.status("p") == {"state": "idle", "length": 81, "computed": 80}
     assert engine.worker.copies.fetched_blocks > 10
+    assert engine.fetching == 0
 
 
 def test_host_memory_that_is_full_means_computing_again(model_dir: Path) -> None:
@@ -460,6 +462,7 @@ def test_a_prompt_changes_while_its_kv_is_swapped_out_or_on_its_way_back(
     engine.drain()
     assert engine.answers["answer"] == expected_answer([*tokens, 8], 3)
     assert engine.free_blocks == engine.idle_blocks
+    assert engine.fetching == 0
 
 
 def test_a_finished_prompt_that_is_updated_keeps_its_beginning(model_dir: Path) -> None:

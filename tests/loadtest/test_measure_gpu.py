@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_adapter.cost_files import file_name
+from engine_adapter.cost_files import file_name, find
 from engine_adapter.cost_files import read as read_cost
+from engine_adapter.scheduling.cost import Setup
 from engine_adapter.simulated.hardware import H100, H100X2, LLAMA_3_1_8B, Model
 from loadtest import measure_gpu
 from loadtest.gpu_copies import Copies
@@ -150,18 +151,34 @@ def test_tables_and_a_cost_model_that_engines_load(
 
 def test_the_kept_measurement_gives_the_kept_cost_model_and_constants() -> None:
     raw = read(MEASURED / "h100.json")
-    (path,) = MEASURED.glob("llama-3-1-8b--*.json")
-    assert path.name == file_name(cost_model(raw).setup)
+    path = MEASURED / file_name(cost_model(raw).setup)
     kept, now = read_cost(path), cost_model(raw)
     for tokens in (128, 5000, 100_000):
         assert kept.recompute_s(tokens) == pytest.approx(now.recompute_s(tokens), rel=1e-3)
         assert kept.swap_s(tokens) == pytest.approx(now.swap_s(tokens), rel=1e-3)
     found = fitted(raw)
-    for name in (*FITTED, "host_efficiency"):
+    for name in FITTED:
         assert getattr(H100, name) == pytest.approx(getattr(found, name), rel=0.02), name
     assert all(
         kept.recompute_s(p.tokens) == pytest.approx(p.median_s, rel=0.15) for p in raw.prompts
     )
+
+
+def test_of_the_same_card_the_engines_own_cost_model_is_kept() -> None:
+    raw = read(MEASURED / "h100.json")
+    alone = cost_model(raw)
+    setup = Setup(
+        model=alone.setup.model,
+        hardware=alone.setup.hardware,
+        settings="bfloat16 tp1 step8192 block16",
+    )
+    engine = find(MEASURED, setup)
+    assert engine is not None
+    for tokens in (1024, 8192, 65536):
+        assert engine.recompute_s(tokens) == pytest.approx(alone.recompute_s(tokens), rel=0.25)
+        assert 2 * H100.transfer_s(LLAMA_3_1_8B, tokens) == pytest.approx(
+            engine.swap_s(tokens), rel=0.1
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
