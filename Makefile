@@ -14,7 +14,7 @@ bench-sim bench-fairness bench-plan report: export VLLM_LOGGING_LEVEL := ERROR
 
 .PHONY: help setup model demo up down stack-check test check bench-gateway bench-sim bench-policies \
     bench-disagg bench-plan bench-index bench-routing bench-crawl bench-ann bench-retrieval \
-    bench-pools bench-failures bench-fairness bench-throughput soak measure-gpu chaos \
+    bench-pools bench-failures bench-fairness bench-throughput soak measure-gpu chaos fuzz \
     bench-slowloris bench-overload report workload clean
 
 help: ## show this
@@ -94,6 +94,9 @@ soak: model ## half an hour of streams that come and go: does a gateway's memory
 
 chaos: model ## faults of all kinds under 1,150 streams: what is hung, wrong or left; OPTIONS="--seed 2"
 	@$(BIN)/python -m loadtest.chaos $(OPTIONS)
+
+fuzz: model ## 20,000 generated requests: nothing but what /openapi.json tells; OPTIONS="--seed 1"
+	@$(BIN)/python -m loadtest.fuzz $(OPTIONS)
 
 bench-fairness: $(READY) ## one tenant at ten times its share: TTFT of the others, on the simulated engine
 	@$(BIN)/python -m loadtest.bench_fairness

@@ -81,6 +81,8 @@ _SSE = {
 }
 _ANSWER = {SSE: _SSE, JSON: shapes.ChatCompletion}
 _PASSED = {SSE: {"type": "string"}, JSON: {"type": "object"}}
+_MESSAGES = {"messages": {"type": "array", "items": {"type": "object"}}}
+_PROMPT = {"prompt": {"anyOf": [{"type": "string"}, {"type": "array"}]}}
 _OF_ENGINE = Answer(
     "Or what the engine says.",
     {JSON: {"type": "object", "properties": {"error": {}}, "required": ["error"]}},
@@ -199,14 +201,18 @@ STREAMS = (
 )  # fmt: skip
 
 
-def _passed(path: str, name: str, summary: str, asked: str, **more: Any) -> Operation:
-    """An operation of the OpenAI API that an engine answers."""
-    properties: dict[str, Any] = {"model": {"type": "string"}, asked: {}, "stream": {}}
+def _passed(path: str, name: str, summary: str, asked: dict[str, Any], **more: Any) -> Operation:
+    """An operation of the OpenAI API that an engine answers.
+
+    Args:
+        asked: the schema of the field that it can't do without.
+    """
+    properties = {"model": {"type": "string"}, "stream": {"type": "boolean"}} | asked
     errors: Sequence[type[GatewayError]] = more.pop("errors", ())
     return Operation(
         "post", path, name, summary, "OpenAI API",
         {200: Answer("The answer of the engine.", _PASSED)},
-        body={JSON: {"type": "object", "properties": properties, "required": [asked]}},
+        body={JSON: {"type": "object", "properties": properties, "required": list(asked)}},
         errors=(*_ADMITTED, EngineTimeout, *errors),
         unrendered={400: _OF_ENGINE, 404: _OF_ENGINE, 422: _OF_ENGINE},
         **more,
@@ -215,7 +221,7 @@ def _passed(path: str, name: str, summary: str, asked: str, **more: Any) -> Oper
 
 OPENAI = (
     _passed(
-        "/v1/chat/completions", "createChatCompletion", "A chat completion", "messages",
+        "/v1/chat/completions", "createChatCompletion", "A chat completion", _MESSAGES,
         description="Passed through to an engine. With `retrieval` the body is one of `Create`, "
         "and the gateway retrieves the context and answers itself.",
         errors=(
@@ -223,7 +229,7 @@ OPENAI = (
             InputClosed, IndexAway,
         ),
     ),
-    _passed("/v1/completions", "createCompletion", "A completion", "prompt"),
+    _passed("/v1/completions", "createCompletion", "A completion", _PROMPT),
     Operation(
         "get", "/v1/models", "listModels", "The models of an engine", "OpenAI API",
         {200: Answer("The answer of the engine.", {JSON: {"type": "object"}})},

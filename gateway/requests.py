@@ -80,20 +80,16 @@ _SAME_NAMES = tuple(
 )
 
 
-class Chunk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A piece of context."""
-
-    text: str
-    id: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.text:
-            raise BadRequest("a chunk has text", param="text")
-
-
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A piece of context."""
+
+    text: Text
+    id: str | None = None
 
 
 class CrawlSpec(
@@ -162,7 +158,7 @@ class Create(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ChunkPost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of `POST /v1/streams/{id}/chunks`: one chunk, or several at once."""
 
-    text: str | None = None
+    text: Text | None = None
     id: str | None = None
     chunks: list[Chunk] | None = None
     seq: int | None = None
@@ -187,14 +183,12 @@ class ChunkPost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Ranked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A document of a ranked list; by its id alone if the stream knows its text."""
 
-    text: str | None = None
+    text: Text | None = None
     id: str | None = None
 
     def __post_init__(self) -> None:
         if self.text is None and self.id is None:
             raise BadRequest("a document without id has text", param="documents")
-        if self.text == "":
-            raise BadRequest("the text of a document is not empty", param="documents")
 
 
 class RankedList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
