@@ -208,6 +208,12 @@ def p95(seconds: list[float]) -> float:
     return statistics.quantiles(seconds, n=20)[18]
 
 
+def test_the_others_hardly_notice_a_flood_of_an_engine_that_has_time() -> None:
+    share = {"a": 2.0, "b": 2.0, "c": 2.0}
+    calm, flood = (play(rates, 6.0) for rates in (share, share | {"a": 20.0}))
+    assert p95(flood["b"] + flood["c"]) < 1.25 * p95(calm["b"] + calm["c"])
+
+
 def test_a_flood_of_one_tenant_does_not_starve_the_others() -> None:
     share = {"a": 2.5, "b": 2.5, "c": 2.5}
     flood = share | {"a": 25.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("vllm")
 
 from engine_adapter.errors import PromptFinished
+from engine_adapter.scheduling import fairness
 from engine_adapter.scheduling.policies import POLICIES
 from tests.engine_adapter.harness import BLOCK_SIZE, MAX_MODEL_LEN, Engine, expected_answer
 
@@ -245,11 +247,24 @@ def test_every_history_of_several_tenants_is_answered_exactly_and_leaves_no_bloc
     tenants=st.sampled_from([2, 3, 5, 12]),
     blocks=st.integers(1 + MAX_MODEL_LEN // BLOCK_SIZE, SMALL_POOL_BLOCKS + 12),
     host_blocks=st.sampled_from([0, 20]),
+    flood_tokens=st.sampled_from([fairness.FLOOD_TOKENS, 20]),
 )
-@example(seed=2, tenants=2, blocks=SMALL_POOL_BLOCKS, host_blocks=0)
+@example(
+    seed=2,
+    tenants=2,
+    blocks=SMALL_POOL_BLOCKS,
+    host_blocks=0,
+    flood_tokens=fairness.FLOOD_TOKENS,
+)
 def test_tenants_whose_prompts_do_not_fit_together_are_all_answered(
-    model_dir: Path, seed: int, tenants: int, blocks: int, host_blocks: int
+    model_dir: Path, seed: int, tenants: int, blocks: int, host_blocks: int, flood_tokens: int
 ) -> None:
+    with patch.multiple(fairness, FLOOD_TOKENS=flood_tokens, FLOODED_STEP_TOKENS=6):
+        answer_crowd(model_dir, seed, tenants, blocks, host_blocks)
+
+
+def answer_crowd(model_dir: Path, seed: int, tenants: int, blocks: int, host_blocks: int) -> None:
+    """Many long prompts of several tenants at once, in little memory."""
     history = History(model_dir, seed, blocks, host_blocks, tenants)
     for _ in range(history.random.randint(2, 12)):
         history.random.choice([history.do_open_long, history.do_plain_long])()
