@@ -9,8 +9,8 @@ window (Brakmo, O'Malley and Peterson, 1994) and Netflix's concurrency-limits a 
 
 A stream that is let in now joins that queue when its retrieval has ended, so the bound is moved
 once in the time that a stream takes to its first token, and by half of what is too much. It never
-falls below what the best rate of late needs without any queue, rate times time, as BBR has it
-(Cardwell and others, 2016): an engine that stood still for a moment is not taken for a slow one.
+falls below the streams that the best turn of late would have needed without any queue, as BBR has
+it (Cardwell and others, 2016): an engine that stood still for a moment is not taken for a slow one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEARLY_NONE = 0.1
 LEAP, GROWTH = 1.5, 1.05
 """Factors of the bound when it rises: before the first queue was seen or while there is nearly
 none, and else."""
-TURNS_OF_LATE = 10
+LATE_S = 60.0
 SHARE = 0.5
 """Of what a queue has too many: by this the bound falls."""
 MIN_ANSWERS = 10
@@ -50,10 +50,10 @@ class Crowd:
         self._clock_s = clock_s
         self._unhindered_s: float | None = None
         """Least mean TTFT of any turn."""
-        self._retrieval_s = self._to_first_token_s = 0.0
-        """From the opening of a stream to its question and to its first token, smoothed."""
-        self._rates: deque[float] = deque(maxlen=TURNS_OF_LATE)
-        """First tokens per second."""
+        self._to_first_token_s = 0.0
+        """From the opening of a stream, smoothed."""
+        self._needed: deque[tuple[float, float]] = deque()
+        """When turns of late have ended, and the streams that would have been enough for them."""
         self._has_queued = False
         self._waiting = 0
         self._now_s = clock_s()
@@ -63,7 +63,7 @@ class Crowd:
         self._turn_s = self._now_s
         self._waited_s = 0.0
         """Of all streams together, for their first tokens."""
-        self._answers, self._ttft_s = 0, 0.0
+        self._answers, self._ttft_s, self._open_s = 0, 0.0, 0.0
         self._peak, self._full = 0, False
 
     # What streams do.
@@ -101,9 +101,9 @@ class Crowd:
         self.left()
         self._answers += 1
         self._ttft_s += ttft_s
+        self._open_s += open_s
         weight = SMOOTHING if self._to_first_token_s else 1.0
         self._to_first_token_s += weight * (open_s - self._to_first_token_s)
-        self._retrieval_s += weight * (open_s - ttft_s - self._retrieval_s)
 
     def left(self) -> None:
         """One does not wait any more."""
@@ -126,13 +126,16 @@ class Crowd:
             mean_s = self._ttft_s / self._answers
             self._unhindered_s = min(self._unhindered_s or mean_s, mean_s)
         unhindered_s = self._unhindered_s or 0.0
-        self._rates.append(self._answers / lasted_s)
+        hindered_s = self._ttft_s - self._answers * unhindered_s
+        self._needed.append((self._now_s, (self._open_s - hindered_s) / lasted_s))
+        while self._needed[0][0] < self._now_s - LATE_S:
+            self._needed.popleft()
         queue = (self._waited_s - self._answers * unhindered_s) / lasted_s
         streams = min(self.bound, self._peak)
         scale = math.log10(max(streams, 10.0))
         if queue > MANY * scale:
             self._has_queued = True
-            needed = max(self._rates) * (self._retrieval_s + unhindered_s)
+            needed = max(streams for _, streams in self._needed)
             self.bound = max(streams - SHARE * (queue - MANY * scale), needed, LEAST)
         elif self._full and queue < FEW * scale:
             leaps = not self._has_queued or queue < NEARLY_NONE * FEW * scale

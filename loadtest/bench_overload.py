@@ -133,6 +133,7 @@ async def run(target: Engine, front: Server, options: argparse.Namespace) -> Jso
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300)
     ) as http:
+        await _ready(http, front)
         load = Load(http, front, target)
         growth = math.log(target.last_rate / target.first_rate) / options.ramp_s
         ramp = await load.play(
@@ -151,6 +152,16 @@ async def run(target: Engine, front: Server, options: argparse.Namespace) -> Jso
             rows[name] = figures(seen, part.memory) | {"rate": round(rate, 2)}
             print(f"{name:4}{rate:7.2f}/s: {_told(seen)}; MiB {_memory(part.memory)}", flush=True)
     return {"capacity": round(capacity, 3), "ramp": figures(ramp, []), **rows}
+
+
+async def _ready(http: aiohttp.ClientSession, front: Server) -> None:
+    """Wait until streams can be opened."""
+    async with asyncio.timeout(120):
+        while True:
+            async with http.get(front.url + "/ready") as answer:
+                if answer.status == 200:
+                    return
+            await asyncio.sleep(0.1)
 
 
 def _steady(rate: float, at_s: float) -> float:

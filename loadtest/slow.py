@@ -42,11 +42,12 @@ class Slow:
     model: str
     every_s: float
     """From one byte to the next."""
+    starting_s: float = STARTING_S
 
     async def run(self, kind: Callable[[Slow, socket.socket], Awaitable[None]]) -> None:
         """Be slow in one way."""
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(random.uniform(0, STARTING_S))
+        await asyncio.sleep(random.uniform(0, self.starting_s))
         while True:
             with suppress(OSError), socket.socket() as link:
                 link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER_BYTES)
