@@ -22,17 +22,16 @@ from collections.abc import Callable
 
 from gateway.errors import Overloaded
 
-FIRST = 512
-"""The bound of a crowd that has not been full yet."""
 LEAST = 8
 FEW, MANY = 1.0, 2.0
 """Times the decimal logarithm of the streams: a queue below the one lets the bound rise, above the
 other fall. Netflix's are 3 and 6, for requests that all wait; of streams most still retrieve."""
+TOLERATED_S = 0.1
+"""Whom a queue costs no more than this, it does not hurt."""
 NEARLY_NONE = 0.1
 """Of a short queue: such a one says that the bound is far too low."""
 LEAP, GROWTH = 1.5, 1.05
-"""Factors of the bound when it rises: before the first queue was seen or while there is nearly
-none, and else."""
+"""Factors of the bound when it rises: while there is nearly no queue, and else."""
 LATE_S = 60.0
 SHARE = 0.5
 """Of what a queue has too many: by this the bound falls."""
@@ -46,7 +45,8 @@ class Crowd:
     """The streams of one model at this gateway."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self.bound = float(FIRST)
+        self.bound = math.inf
+        """There is none before the first queue."""
         self._clock_s = clock_s
         self._unhindered_s: float | None = None
         """Least mean TTFT of any turn."""
@@ -54,7 +54,6 @@ class Crowd:
         """From the opening of a stream, smoothed."""
         self._needed: deque[tuple[float, float]] = deque()
         """When turns of late have ended, and the streams that would have been enough for them."""
-        self._has_queued = False
         self._waiting = 0
         self._now_s = clock_s()
         self._begin_turn()
@@ -133,10 +132,10 @@ class Crowd:
         queue = (self._waited_s - self._answers * unhindered_s) / lasted_s
         streams = min(self.bound, self._peak)
         scale = math.log10(max(streams, 10.0))
-        if queue > MANY * scale:
-            self._has_queued = True
+        most = max(MANY * scale, TOLERATED_S * self._answers / lasted_s)
+        if queue > most:
             needed = max(streams for _, streams in self._needed)
-            self.bound = max(streams - SHARE * (queue - MANY * scale), needed, LEAST)
+            self.bound = max(streams - SHARE * (queue - most), needed, LEAST)
         elif self._full and queue < FEW * scale:
-            leaps = not self._has_queued or queue < NEARLY_NONE * FEW * scale
+            leaps = queue < NEARLY_NONE * FEW * scale
             self.bound = self.bound * (LEAP if leaps else GROWTH) + 1

@@ -29,7 +29,7 @@ SMALL_BUFFER_BYTES = 4096
 LONG_TOKENS = 1000
 PAUSE_S = 0.2
 """Before somebody who was cut off comes back."""
-STARTING_S = 5.0
+STARTING_S = 10.0
 """They do not all come in the same moment."""
 REQUEST = b"POST %b HTTP/1.1\r\nHost: gateway\r\nContent-Length: %d\r\n\r\n%b"
 

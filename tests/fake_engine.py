@@ -35,7 +35,7 @@ class FakeCore:
     """From closing the input, which is these tokens, to the first token."""
     kv_blocks: int = 100_000
     long_answers: bool = False
-    """An answer that may have `LONG_TOKENS` is a megabyte."""
+    """An answer that may have `LONG_TOKENS` is 200 kB."""
     hands_over: bool = False
     leased: dict[str, list[int]] = field(default_factory=dict)
     """Prompts whose KV waits for another engine."""
@@ -134,7 +134,7 @@ class FakeCore:
         over = self.hands_over and params.max_tokens == 1
         texts = ["an"] if over else ["an", "swer"]
         if self.long_answers and (params.max_tokens or 0) >= LONG_TOKENS:
-            texts = ["long " * 4000] * 50
+            texts = ["long " * 4000] * 10
         for text in texts:
             yield TokenEvent(token_ids=[1], text=text)
         if over:

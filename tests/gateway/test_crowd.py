@@ -18,7 +18,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.crowd import FIRST, LEAST, Crowd
+from gateway.crowd import LEAST, Crowd
 from gateway.errors import Overloaded
 from gateway.keys import STREAMS
 from tests.fake_engine import MODEL
@@ -126,13 +126,18 @@ def test_under_three_times_the_load_those_let_in_wait_little_longer(
     assert busy.refused < 0.08 * busy.arrived
 
 
-def test_without_a_queue_nobody_is_refused_for_long() -> None:
+def test_without_a_queue_nobody_is_refused() -> None:
     world = World(1000.0, 100, 1)
-    many = Phase(300.0, 60)  # 1,200 at once
+    many = Phase(300.0, 60)
     world.play(many)
-    assert world.crowd.bound > FIRST
     assert world.most > 1000
-    assert many.refused < 0.2 * many.arrived
+    assert many.refused == 0
+
+
+def test_a_bound_that_is_far_too_low_is_soon_as_high_as_it_has_to_be() -> None:
+    world = World(1000.0, 100, 1)
+    world.crowd.bound = 50.0
+    world.play(Phase(300.0, 90))  # 1,200 at once
     late = Phase(300.0, 20)
     world.play(late)
     assert late.refused == 0
