@@ -12,8 +12,10 @@ Leaving the `async with` of a stream before its answer is complete cancels it.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +23,12 @@ import httpx
 import orjson
 
 Json = dict[str, Any]
+
+ELSEWHERE = ("draining", "index_unavailable")
+"""Codes of errors with which a replica sends clients to another one."""
+PATIENCE_S = 20.0
+"""How long one request is asked of one replica after the other."""
+PAUSE_S = 0.1
 
 
 class StreamError(Exception):
@@ -35,15 +43,18 @@ class StreamError(Exception):
 
 
 class Client:
-    """A gateway."""
+    """A gateway, or several that share an index."""
 
-    def __init__(self, url: str, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, url: str, *others: str, timeout_s: float = 60.0) -> None:
         """
         Args:
+            others: URLs of further replicas: one that is not there, or about to end, has its
+                requests asked of the next.
             timeout_s: longest silence on a connection; a waiting answer is never silent that
                 long, since the gateway sends heartbeats.
         """
         self._http = httpx.AsyncClient(base_url=url, timeout=timeout_s, trust_env=False)
+        self._replicas = _Replicas(self._http, (url, *others))
 
     async def __aenter__(self) -> Self:
         return self
@@ -67,7 +78,8 @@ class Client:
             StreamError: the gateway refuses it.
         """
         body = {"model": model, "messages": list(messages), **options}
-        stream = Stream(self._http, await _post(self._http, "/v1/streams", body))
+        created = _checked(await self._replicas.whole("POST", "/v1/streams", body))
+        stream = Stream(self._replicas, created)
         try:
             yield stream
         finally:
@@ -77,8 +89,8 @@ class Client:
 class Stream:
     """One open stream; see `Client.stream`."""
 
-    def __init__(self, http: httpx.AsyncClient, created: Json) -> None:
-        self._http = http
+    def __init__(self, replicas: _Replicas, created: Json) -> None:
+        self._replicas = replicas
         self._path = f"/v1/streams/{created['id']}"
         self._seq = 0
         self._complete = False
@@ -98,7 +110,9 @@ class Stream:
         body: Json = {"text": text, "seq": self._seq}
         if id is not None:
             body["id"] = id
-        acknowledged = await _post(self._http, self._path + "/chunks", body)
+        acknowledged = _checked(
+            await self._replicas.whole("POST", self._path + "/chunks", body, repeatable=True)
+        )
         self._seq += 1
         return int(acknowledged["tokens"])
 
@@ -115,13 +129,15 @@ class Stream:
             StreamError: refused, e.g. an id alone that the stream does not know.
         """
         body: Json = {"documents": list(documents), "seq": self._seq}
-        taken = _checked(await self._http.put(self._path + "/documents", json=body))
+        taken = _checked(
+            await self._replicas.whole("PUT", self._path + "/documents", body, repeatable=True)
+        )
         self._seq += 1
         return taken
 
     async def status(self) -> Json:
         """State and token counts."""
-        return _checked(await self._http.get(self._path))
+        return _checked(await self._replicas.whole("GET", self._path, repeatable=True))
 
     async def answer(self, **options: Any) -> AsyncIterator[str]:
         """Close the input and give the pieces of the answer as they come.
@@ -133,7 +149,8 @@ class Stream:
             StreamError: refused, or the answer broke off.
         """
         body = {"stream": True, "stream_options": {"include_usage": True}, **options}
-        async with self._http.stream("POST", self._path + "/finish", json=body) as response:
+        response = await self._replicas.asked("POST", self._path + "/finish", body)
+        async with aclosing(response):
             if response.status_code != 200:
                 await response.aread()
                 _checked(response)
@@ -147,8 +164,9 @@ class Stream:
 
     def _piece(self, event: Json) -> str:
         if "error" in event:
-            self._complete = True
-            raise StreamError(event["error"])
+            error = StreamError(event["error"])
+            self._complete = error.code not in ELSEWHERE  # else another replica has the stream
+            raise error
         self.usage = event.get("usage") or self.usage
         self.retrieval = event.get("retrieval") or self.retrieval
         if not event["choices"]:
@@ -159,7 +177,8 @@ class Stream:
 
     async def finish(self, **options: Any) -> Json:
         """Close the input and give the whole answer, a `chat.completion` object."""
-        body = await _post(self._http, self._path + "/finish", {"stream": False, **options})
+        asked = {"stream": False, **options}
+        body = _checked(await self._replicas.whole("POST", self._path + "/finish", asked))
         self._complete = True
         self.usage, self.retrieval = body["usage"], body.get("retrieval")
         return body
@@ -168,11 +187,66 @@ class Stream:
         """Free the stream's memory, unless its answer is complete."""
         if not self._complete:
             self._complete = True
-            await self._http.delete(self._path)
+            await self._replicas.whole("DELETE", self._path, repeatable=True)
 
 
-async def _post(http: httpx.AsyncClient, path: str, body: Json) -> Json:
-    return _checked(await http.post(path, json=body))
+class _Replicas:
+    """Asks the replica that answered last, and the next one where that can't answer. Where there is
+    one only, everything is asked once."""
+
+    def __init__(self, http: httpx.AsyncClient, urls: Sequence[str]) -> None:
+        self._http = http
+        self._urls = [url.rstrip("/") for url in urls]
+        self._at = 0
+
+    async def whole(
+        self, method: str, path: str, body: Json | None = None, *, repeatable: bool = False
+    ) -> httpx.Response:
+        """As `asked`, with its body."""
+        response = await self.asked(method, path, body, repeatable=repeatable)
+        async with aclosing(response):
+            await response.aread()
+        return response
+
+    async def asked(
+        self, method: str, path: str, body: Json | None = None, *, repeatable: bool = False
+    ) -> httpx.Response:
+        """The beginning of an answer, for the caller to read and close.
+
+        Args:
+            repeatable: it does no harm to carry it out twice, so it is asked again also where
+                nobody knows whether it was.
+
+        Raises:
+            httpx.TransportError: no replica can be reached, or a connection broke.
+        """
+        until_s = time.monotonic() + PATIENCE_S
+        again = httpx.TransportError if repeatable else httpx.ConnectError
+        while True:
+            url = self._urls[self._at] + path
+            last = len(self._urls) == 1 or time.monotonic() > until_s
+            try:
+                request = self._http.build_request(method, url, json=body)
+                response = await self._http.send(request, stream=True)
+                if last or not await _sends_away(response):
+                    return response
+            except again:
+                if last:
+                    raise
+            self._at = (self._at + 1) % len(self._urls)
+            await asyncio.sleep(PAUSE_S)
+
+
+async def _sends_away(response: httpx.Response) -> bool:
+    """Whether another replica is to be asked instead; nothing was carried out then."""
+    if response.status_code != 503:
+        return False
+    await response.aread()
+    try:
+        _checked(response)
+    except StreamError as e:
+        return e.code in ELSEWHERE
+    return False
 
 
 def _checked(response: httpx.Response) -> Json:

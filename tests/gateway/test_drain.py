@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from deploy.local import Server, command, free_port, gateway, redis_server
+from gateway.client import Client
 from tests.conftest import until
 from tests.fake_engine import MODEL
 from tests.gateway.replicas import MESSAGES, Caller, answered, fake_engine, replicas
@@ -126,6 +127,46 @@ async def test_one_of_two_replicas_is_drained_under_load_and_no_request_fails() 
               f"{opener.refusals} refused and {opener.broken} not connected at opening; "
               f"{len(failed)} failed")  # fmt: skip
         assert not failed, failed[:5]
+
+
+async def test_clients_of_both_replicas_notice_nothing_when_one_ends_under_load() -> None:
+    rng = random.Random(9)
+    async with fake_engine() as (engine, url), started(two_with_redis([url])) as servers:
+        engine.core.delay_s = lambda: rng.uniform(0, 0.02)
+        engine.core.prefill_s = lambda tokens: 0.3
+        urls = [server.url for server in servers]
+        over, done = asyncio.Event(), 0
+
+        async def load(number: int) -> None:
+            nonlocal done
+            mine = urls[number % 2 :] + urls[: number % 2]
+            async with Client(*mine) as client:
+                while not over.is_set():
+                    async with client.stream(MODEL, MESSAGES) as stream:
+                        for piece in range(4):
+                            await stream.send(f"{number} {piece} word")
+                            await asyncio.sleep(rng.uniform(0, 0.2))
+                        answer = "".join([text async for text in stream.answer()])
+                        assert answer == "answer"
+                    done += 1
+
+        async def more(count: int) -> None:
+            async def so() -> bool:
+                return done >= wanted
+
+            wanted = done + count
+            await until(so, within_s=60)
+
+        async with asyncio.TaskGroup() as clients:
+            for number in range(8):  # fewer than are ever refused as a crowd
+                clients.create_task(load(number))
+            await more(16)
+            os.kill(servers[0].pid, signal.SIGTERM)
+            took_s = await ended(servers[0], within_s=2 * DRAIN_S)
+            before = done
+            await more(16)
+            over.set()
+        print(f"{done} streams, {done - before} after the end, which took {took_s:.2f} s; 0 failed")
 
 
 async def test_a_gateway_without_others_waits_for_its_streams_and_a_second_signal_ends_it() -> None:

@@ -13,6 +13,7 @@ import pytest
 from aiohttp.test_utils import TestServer, unused_port
 
 from gateway.app import build
+from gateway.client import Client
 from gateway.settings import Settings
 from tests.conftest import until
 from tests.fake_engine import MODEL, FakeCore, FakeEngine
@@ -160,3 +161,20 @@ async def test_chunks_that_come_at_the_end_are_for_another_replica(
         two.core.prefill_s = lambda tokens: 0.0
         answer = await two.finish(1, path)
         assert answer.json()["choices"][0]["message"]["content"] == "answer"
+
+
+async def test_a_client_of_both_replicas_goes_on_at_the_other(
+    model_dir: Path, redis_url: str
+) -> None:
+    async with replicas(model_dir, redis_url) as two, Client(two.url(0), two.url(1)) as client:
+        two.core.prefill_s = lambda tokens: 0.0
+        async with client.stream(MODEL, QUESTION) as stream:
+            await stream.send("some context", id="a")
+            await two.servers[0].close()
+            await stream.send("more context")
+            await stream.replace([{"id": "a"}])
+            assert (await stream.status())["tokens"]["received"] > 0
+            assert "".join([piece async for piece in stream.answer()]) == "answer"
+        async with client.stream(MODEL, QUESTION) as stream:
+            whole = await stream.finish()
+            assert whole["choices"][0]["message"]["content"] == "answer"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,52 @@ async def test_engines_join_drain_and_leave_while_streams_are_open(model_dir: Pa
         assert [len(e.fake.finished) for e in (old, new)] == [1, 3]
         f.pool.undrain(f.at(old))
         assert f.at(old).standing == "healthy"
+
+
+async def forgotten(engine: Breakable) -> bool:
+    """Whether an engine has no prompt any more."""
+    return not engine.fake.core.tokens
+
+
+async def test_an_engine_is_drained_under_load_and_no_request_fails(model_dir: Path) -> None:
+    rng = random.Random(8)
+    async with front(model_dir, 2, drain_timeout_s=0.3) as f:
+        over, done = asyncio.Event(), 0
+        for engine in f.engines:
+            engine.fake.core.delay_s = lambda: rng.uniform(0, 0.02)
+            engine.fake.core.prefill_s = lambda tokens: 0.05
+
+        async def load(number: int) -> None:
+            nonlocal done
+            while not over.is_set():
+                async with f.client.stream(MODEL, QUESTION) as stream:
+                    for piece in range(3):
+                        await stream.send(f"context {number} {piece}")
+                        await asyncio.sleep(rng.uniform(0, 0.2))
+                    assert await whole_answer(stream) == "answer"
+                done += 1
+
+        async def more(count: int) -> None:
+            async def so() -> bool:
+                return done >= wanted
+
+            wanted = done + count
+            await until(so, within_s=30)
+
+        async with asyncio.TaskGroup() as clients:
+            for number in range(8):  # fewer than are ever refused as a crowd
+                clients.create_task(load(number))
+            await more(8)
+            engine = f.engines[0]
+            f.pool.drain(f.at(engine))
+            await f.standing(engine, "drained", within_s=10)
+            assert f.at(engine).streams == 0
+            await until(partial(forgotten, engine), within_s=5)
+            await more(8)
+            f.pool.undrain(f.at(engine))
+            await more(8)
+            over.set()
+        assert engine.fake.finished
 
 
 async def test_a_drain_does_not_take_a_removal_back(model_dir: Path) -> None:
