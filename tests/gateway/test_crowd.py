@@ -121,7 +121,7 @@ def test_under_three_times_the_load_those_let_in_wait_little_longer(
     learning, busy = Phase(2 * capacity, 60), Phase(0.8 * capacity, 200)
     flood = Phase(3 * capacity, 200)
     world.play(Phase(capacity / 2, 30), learning, Phase(0.8 * capacity, 60), busy, flood)
-    assert flood.p99_s < 2.5 * busy.p99_s  # 1.1 to 1.8 with these seeds
+    assert flood.p99_s < 2.5 * busy.p99_s  # 1.0 to 1.5 with these seeds
     assert flood.per_s > 0.85 * capacity  # nor does the engine idle
     assert busy.refused < 0.08 * busy.arrived
 
