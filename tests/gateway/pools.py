@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -102,6 +103,26 @@ class Front:
 async def served(app: web.Application) -> AsyncIterator[str]:
     async with TestServer(app) as server:
         yield str(server.make_url("")).rstrip("/")
+
+
+def closing(app: web.Application) -> list[str]:
+    """Kinds of requests, as patterns of their paths, whose next one finds its connection closed.
+    None yet."""
+    kinds: list[str] = []
+
+    @web.middleware
+    async def closes(request: web.Request, handler: Any) -> web.StreamResponse:
+        for kind in kinds:
+            if request.method == "POST" and re.search(kind, request.path):
+                kinds.remove(kind)
+                assert request.transport is not None
+                request.transport.close()
+                return web.Response()
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    app.middlewares.append(closes)
+    return kinds
 
 
 @cache

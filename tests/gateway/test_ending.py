@@ -17,7 +17,7 @@ from gateway.client import Client
 from gateway.settings import Settings
 from tests.conftest import until
 from tests.fake_engine import MODEL, FakeCore, FakeEngine
-from tests.gateway.pools import QUESTION, served
+from tests.gateway.pools import QUESTION, closing, served
 
 BODY = {"model": MODEL, "messages": QUESTION}
 LONG_S = 60.0
@@ -29,6 +29,8 @@ class Two:
 
     core: FakeCore
     servers: list[TestServer]
+    closing: list[str]
+    """Paths of requests whose connection to the second replica closes when it is used."""
     http: httpx.AsyncClient
 
     def url(self, number: int) -> str:
@@ -55,13 +57,17 @@ class Two:
 
 
 @asynccontextmanager
-async def replica(model_dir: Path, engine_url: str, index: str | None) -> AsyncIterator[TestServer]:
+async def replica(
+    model_dir: Path, engine_url: str, index: str | None
+) -> AsyncIterator[tuple[TestServer, list[str]]]:
     port = unused_port()
     settings = Settings(
         engine=(engine_url,), tokenizer=str(model_dir), port=port, index=index, index_timeout_s=5.0
     )
-    async with TestServer(build(settings), port=port) as server:
-        yield server
+    app = build(settings)
+    closes = closing(app)
+    async with TestServer(app, port=port) as server:
+        yield server, closes
 
 
 @asynccontextmanager
@@ -70,11 +76,10 @@ async def replicas(model_dir: Path, index: str | None) -> AsyncIterator[Two]:
     engine.core.prefill_s = lambda tokens: LONG_S
     async with AsyncExitStack() as running:
         url = await running.enter_async_context(served(engine.app()))
-        servers = [
-            await running.enter_async_context(replica(model_dir, url, index)) for _ in range(2)
-        ]
+        one, _ = await running.enter_async_context(replica(model_dir, url, index))
+        two, closes = await running.enter_async_context(replica(model_dir, url, index))
         http = await running.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=30))
-        yield Two(engine.core, servers, http)
+        yield Two(engine.core, [one, two], closes, http)
 
 
 @pytest.mark.parametrize("asked", ["the one that ends", "another, which sends it on"])
@@ -178,3 +183,18 @@ async def test_a_client_of_both_replicas_goes_on_at_the_other(
         async with client.stream(MODEL, QUESTION) as stream:
             whole = await stream.finish()
             assert whole["choices"][0]["message"]["content"] == "answer"
+
+
+async def test_what_is_sent_on_over_a_connection_that_closes_is_sent_again(
+    model_dir: Path, redis_url: str
+) -> None:
+    async with replicas(model_dir, redis_url) as two:
+        two.core.prefill_s = lambda tokens: 0.0
+        path = await two.opened(1)
+        two.closing += ["/chunks$", "/finish$"]
+        posted = {"text": "more", "seq": 1}
+        taken = await two.http.post(two.url(0) + path + "/chunks", json=posted)
+        assert (taken.status_code, taken.json()["seq"]) == (202, 1)
+        answer = await two.finish(0, path)
+        assert answer.json()["choices"][0]["message"]["content"] == "answer"
+        assert not two.closing

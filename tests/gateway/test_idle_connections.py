@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import web
 
 from gateway.client import Stream
 from tests.conftest import until
 from tests.fake_engine import MODEL
 from tests.fake_openai import FakeOpenAI
-from tests.gateway.pools import QUESTION, Breakable, front, served
-
-
-def closing(app: web.Application) -> list[str]:
-    """Kinds of requests, as patterns of their paths, whose next one finds its connection closed.
-    None yet."""
-    kinds: list[str] = []
-
-    @web.middleware
-    async def closes(request: web.Request, handler: Any) -> web.StreamResponse:
-        for kind in kinds:
-            if request.method == "POST" and re.search(kind, request.path):
-                kinds.remove(kind)
-                assert request.transport is not None
-                request.transport.close()
-                return web.Response()
-        answer: web.StreamResponse = await handler(request)
-        return answer
-
-    app.middlewares.append(closes)
-    return kinds
+from tests.gateway.pools import QUESTION, Breakable, closing, front, served
 
 
 async def all_there(stream: Stream) -> bool:
