@@ -58,7 +58,6 @@ class Tokens:
 
 def check(histories: Sequence[History], tokens: Tokens) -> list[str]:
     """Every promise that was broken, in words."""
-    answers = {h.number: _expected(h, tokens) for h in histories if h.text}
     return [
         f"stream {history.number} ({history.kind}): {wrong}"
         for history in histories
@@ -66,7 +65,7 @@ def check(histories: Sequence[History], tokens: Tokens) -> list[str]:
             *history.odd,
             *_requests(history),
             *_acknowledgements(history, tokens),
-            *_answer(history, answers),
+            *_answer(history, histories, tokens),
         )
     ]
 
@@ -97,31 +96,31 @@ def _acknowledgements(history: History, tokens: Tokens) -> list[str]:
     return wrong
 
 
-def _expected(history: History, tokens: Tokens) -> list[str]:
-    """The answer after all posts, and after fewer and fewer of them: the first is right."""
-    posts = history.posts
-    return [
-        chained_answer(tokens.of(history, documents(posts[:count])), history.answer_tokens)
-        for count in range(len(posts), -1, -1)
-    ]
-
-
-def _answer(history: History, answers: dict[int, list[str]]) -> list[str]:
+def _answer(history: History, histories: Sequence[History], tokens: Tokens) -> list[str]:
     if not history.text:
         empty = history.complete and history.kind in WANT_ANSWERS
         return ["an answer without any text"] if empty else []
-    right = answers[history.number][0]
-    if history.text == right or (not history.complete and right.startswith(history.text)):
+    posts = len(history.posts)
+    right = _expected(history, posts, tokens)
+    if _is(right, history):
         return []
-    for fewer, other in enumerate(answers[history.number]):
-        if _is(other, history):
-            return [f"answered as if {fewer} of {len(history.posts)} posts were not there"]
-    for number, others in answers.items():
-        if any(_is(other, history) for other in others):
-            return [f"has the answer of stream {number}"]
+    for fewer in range(1, posts + 1):
+        if _is(_expected(history, posts - fewer, tokens), history):
+            return [f"answered as if {fewer} of {posts} posts were not there"]
+    for other in histories:
+        upto = range(len(other.posts) + 1)
+        if any(_is(_expected(other, count, tokens), history) for count in upto):
+            return [f"has the answer of stream {other.number}"]
     end = "complete" if history.complete else "broken off"
     return [f"an answer ({end}) that is nobody's: {history.text[:60]!r}, not {right[:60]!r}"]
 
 
+def _expected(history: History, count: int, tokens: Tokens) -> str:
+    """The answer to so many of a stream's posts."""
+    prompt = tokens.of(history, documents(history.posts[:count]))
+    return chained_answer(prompt, history.answer_tokens)
+
+
 def _is(answer: str, history: History) -> bool:
+    """Whether it is what the client has, or may be the beginning of."""
     return answer == history.text or (not history.complete and answer.startswith(history.text))
