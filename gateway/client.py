@@ -148,7 +148,9 @@ class Stream:
         Raises:
             StreamError: refused, or the answer broke off.
         """
-        body = {"stream": True, "stream_options": {"include_usage": True}, **options}
+        body = self._last_post | {
+            "stream": True, "stream_options": {"include_usage": True}, **options,
+        }  # fmt: skip
         response = await self._replicas.asked("POST", self._path + "/finish", body)
         async with aclosing(response):
             if response.status_code != 200:
@@ -177,11 +179,16 @@ class Stream:
 
     async def finish(self, **options: Any) -> Json:
         """Close the input and give the whole answer, a `chat.completion` object."""
-        asked = {"stream": False, **options}
+        asked = self._last_post | {"stream": False, **options}
         body = _checked(await self._replicas.whole("POST", self._path + "/finish", asked))
         self._complete = True
         self.usage, self.retrieval = body["usage"], body.get("retrieval")
         return body
+
+    @property
+    def _last_post(self) -> Json:
+        """What `finish` says of the posts before it: none that was acknowledged may be missing."""
+        return {"seq": self._seq - 1} if self._seq else {}
 
     async def cancel(self) -> None:
         """Free the stream's memory, unless its answer is complete."""

@@ -22,6 +22,10 @@ UNSUPPORTED = frozenset(
 """Parameters of chat completions that a stream does not take. The plain pass-through does."""
 
 
+Natural = Annotated[Int64, msgspec.Meta(ge=0)]
+Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+
+
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """As in the OpenAI API."""
 
@@ -33,7 +37,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     max_tokens: AtLeastOne | None = None
     max_completion_tokens: AtLeastOne | None = None
-    min_tokens: Int64 | None = None
+    min_tokens: Natural | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Int64 | None = None
@@ -45,7 +49,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[Int64, float] | None = None
+    logit_bias: dict[Natural, Bias] | None = None
+    """By token id; keys of a JSON object are strings."""
     logprobs: bool | None = None
     top_logprobs: Int64 | None = None
     n: int | None = None
@@ -203,6 +208,13 @@ class RankedList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise BadRequest("an id stands twice in the list", param="documents")
 
 
+class FinishPost(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/streams/{id}/finish`, and its overrides."""
+
+    seq: Natural | None = None
+    """Number of the last post that is to be in the prompt."""
+
+
 class FinishLine(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Last line of the one-request form, and its overrides."""
 
@@ -258,4 +270,6 @@ def merged(first: Options, later: Options) -> Options:
         if (value := getattr(later, name)) is not None
     }
     base = {name: getattr(first, name) for name in Options.__struct_fields__}
+    if later.answer_tokens is not None:  # by whichever of its two names
+        base |= {"max_tokens": None, "max_completion_tokens": None}
     return Options(**(base | given))

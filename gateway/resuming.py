@@ -38,6 +38,7 @@ class KeptAnswer:
         self,
         stream: Stream,
         options: Options,
+        seq: int | None,
         *,
         key: str,
         digest: bytes,
@@ -46,6 +47,7 @@ class KeptAnswer:
     ) -> None:
         """
         Args:
+            seq: of the last post that is to be in the prompt, if the client says.
             key, digest: of the request that asked for it.
             refused: called if the stream's input can't be closed, before its readers hear of it.
         """
@@ -53,7 +55,7 @@ class KeptAnswer:
         self.whole = options.stream is False
         """One body, no events."""
         self._stream = stream
-        self._options = options
+        self._options, self._seq = options, seq
         self._resume_s = resume_s
         self._events: deque[bytes] = deque()
         self._forgotten = 0  # events before the first of these
@@ -156,7 +158,7 @@ class KeptAnswer:
     async def _finish(self) -> None:
         if self._stream.retrieval is not None:
             await self._stream.retrieval.ended()
-        await self._stream.finish(self._options)
+        await self._stream.finish(self._options, self._seq)
         await self._stream.keep()
 
     def _break_off(self, reason: BaseException) -> None:

@@ -44,6 +44,7 @@ from gateway.requests import (
     ChunkPost,
     Create,
     FinishLine,
+    FinishPost,
     Options,
     Ranked,
     RankedList,
@@ -118,14 +119,16 @@ async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Re
 @on_stream(body_limit)
 async def finish(request: web.Request, stream: Stream, body: bytes) -> web.StreamResponse:
     """Close the input and answer."""
-    options = merged(stream.options, read(Options, body))
+    post = read(FinishPost, body)
+    options = merged(stream.options, post)
     if (key := idempotency.key_of(request)) is not None:
-        return await _finish_once(request, stream, options, key, idempotency.digest(body))
-    return await _complete(request, stream, options)
+        asked = idempotency.digest(body)
+        return await _finish_once(request, stream, options, post.seq, key, asked)
+    return await _complete(request, stream, options, post.seq)
 
 
 async def _finish_once(
-    request: web.Request, stream: Stream, options: Options, key: str, asked: bytes
+    request: web.Request, stream: Stream, options: Options, seq: int | None, key: str, asked: bytes
 ) -> web.StreamResponse:
     """The answer of an idempotency key: begun by the first request with it, and read by all."""
     answers, last = request.app[STREAMS].answers, _last_event(request)
@@ -139,7 +142,7 @@ async def _finish_once(
     else:
         resume_s = request.app[SETTINGS].now.resume_s
         answer = KeptAnswer(
-            stream, options, key=key, digest=asked, resume_s=resume_s,
+            stream, options, seq, key=key, digest=asked, resume_s=resume_s,
             refused=lambda answer: _refused(request.app, stream, answer),
         )  # fmt: skip
         answers[stream.id] = answer
@@ -368,14 +371,20 @@ async def completion(request: web.Request, body: Create) -> web.StreamResponse:
         await stream.cancel()
 
 
-async def _complete(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
-    """Close the input, once what the gateway retrieves itself is in it, and answer."""
+async def _complete(
+    request: web.Request, stream: Stream, options: Options, seq: int | None = None
+) -> web.StreamResponse:
+    """Close the input, once what the gateway retrieves itself is in it, and answer.
+
+    Args:
+        seq: number of the last post that is to be in it, if the client says.
+    """
     lifecycle = request.app[LIFECYCLE]
     try:
         if stream.retrieval is not None:
             async with lifecycle.until_the_end():
                 await stream.retrieval.ended()
-        await stream.finish(options)
+        await stream.finish(options, seq)
     except asyncio.CancelledError:
         client_gone = not (lifecycle.ending or is_forwarded(request))
         if client_gone and stream.state == "open":

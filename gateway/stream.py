@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from typing import Literal
+from typing import Literal, NoReturn
 from weakref import WeakMethod
 
 from engine_adapter.errors import EngineError
@@ -184,10 +184,7 @@ class Stream:
                 return seq, self.taken[seq]
             await self._must_be_open()
             if seq is not None and seq != expected:
-                await self.keep(renew=True)
-                raise SequenceGap(
-                    f"seq is {seq} where {expected} is next", param="seq", expected_seq=expected
-                )
+                await self._raise_gap(seq)
             self.touched_s = time.monotonic()
             new = await documents()
             await self._must_be_open()
@@ -259,18 +256,34 @@ class Stream:
         self._metrics.context_tokens.inc(tokens)
         self.account.spend(tokens)
 
-    async def finish(self, options: Options) -> None:
+    async def _raise_gap(self, seq: int) -> NoReturn:
+        """Refuse a number that is ahead of what was taken in, if that is all there is: another
+        replica may hold the stream by now, and have more."""
+        await self.keep(renew=True)
+        expected = len(self.taken)
+        raise SequenceGap(
+            f"seq is {seq} where {expected} is next", param="seq", expected_seq=expected
+        )
+
+    async def finish(self, options: Options, seq: int | None = None) -> None:
         """Close the input and begin the answer; `next_event` gives it. Nobody waits for the index:
         whoever asked has yet to `keep` the stream.
 
         A caller that is cancelled here has closed nothing.
 
+        Args:
+            seq: number of the last post that is to be in the prompt, if the client says.
+
         Raises:
             InputClosed, ContextTooLong, EngineFailed
+            SequenceGap: that post is not here. What was acknowledged while the index was away is
+                lost with the replica that did.
             Moved: another replica holds the stream.
         """
         async with self._taking:  # chunks that are being tokenized belong to the input
             await self._must_be_open()
+            if seq is not None and seq >= len(self.taken):
+                await self._raise_gap(seq)
             self.check_length(self.prompt, options.answer_tokens)
             self.state = "finishing"
             self.touched_s = time.monotonic()

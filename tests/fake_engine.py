@@ -47,6 +47,8 @@ class FakeCore:
     """The whole prompt of every answered id."""
     answering: int = 0
     """Answers under way."""
+    sampled: dict[str, Sampling] = field(default_factory=dict)
+    """And how it was asked to answer."""
 
     async def open(
         self, prompt_id: str, tokens: list[int], cache_salt: str | None, weight: float | None
@@ -124,7 +126,7 @@ class FakeCore:
         params: Sampling,
         request_id: str,
     ) -> AsyncGenerator[Event, None]:
-        self.finished[prompt_id] = tokens
+        self.finished[prompt_id], self.sampled[prompt_id] = tokens, params
         await self.close(prompt_id)
         self.answering += 1
         try:

@@ -189,7 +189,7 @@ async def test_all_who_wait_hear_why_a_finish_failed(
 ) -> None:
     path, asked, fail = await opened(http), asyncio.Event(), asyncio.Event()
 
-    async def failing(stream: Stream, options: Options) -> None:
+    async def failing(stream: Stream, options: Options, seq: int | None) -> None:
         asked.set()
         await fail.wait()
         raise EngineFailed("no engine")

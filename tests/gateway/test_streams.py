@@ -208,3 +208,47 @@ async def test_too_many_streams_are_refused_with_retry_after(
     )
     assert response.status_code == 503
     assert response.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("where", ["create", "finish"])
+async def test_the_engine_hears_of_biases_by_token(stack: Stack, where: str) -> None:
+    bias = {"logit_bias": {"42": -100, "7": 2.5}}
+    body = {"model": MODEL, "messages": MESSAGES} | (bias if where == "create" else {})
+    created = await stack.http.post(stack.url + "/v1/streams", json=body)
+    stream_id = created.json()["id"]
+    path = f"{stack.url}/v1/streams/{stream_id}/finish"
+    asked = {"stream": False} | (bias if where == "finish" else {})
+    assert (await stack.http.post(path, json=asked)).status_code == 200
+    assert stack.engine.core.sampled[stream_id].logit_bias == {42: -100.0, 7: 2.5}
+
+
+@pytest.mark.parametrize(
+    ("option", "param"),
+    [
+        ({"logit_bias": {"the": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"seed": 2**64}, "seed"),
+    ],
+)
+async def test_options_out_of_bounds_are_named(
+    stack: Stack, option: dict[str, object], param: str
+) -> None:
+    body = {"model": MODEL, "messages": MESSAGES}
+    refused = await stack.http.post(stack.url + "/v1/streams", json=body | option)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith(param)
+    created = await stack.http.post(stack.url + "/v1/streams", json=body)
+    path = f"{stack.url}/v1/streams/{created.json()['id']}"
+    assert (await stack.http.post(path + "/finish", json=option)).status_code == 400
+    assert (await stack.http.get(path)).json()["state"] == "open"
+
+
+async def test_a_length_said_at_finish_overrides_that_of_the_stream(stack: Stack) -> None:
+    async with stack.client.stream(MODEL, MESSAGES, max_completion_tokens=500) as stream:
+        await stream.finish(max_tokens=5, min_tokens=0)
+        sampled = stack.engine.core.sampled[stream.id]
+    assert (sampled.max_tokens, sampled.min_tokens) == (5, 0)

@@ -127,3 +127,15 @@ def test_bodies_are_read_strictly() -> None:
 def test_options_at_finish_override_those_of_the_stream() -> None:
     both = merged(Options(max_tokens=5, temperature=0.5), Options(max_tokens=7))
     assert (both.max_tokens, both.temperature) == (7, 0.5)
+
+
+NAMES = ("max_tokens", "max_completion_tokens")
+
+
+@pytest.mark.parametrize("before", NAMES)
+@pytest.mark.parametrize("after", NAMES)
+def test_the_length_said_at_finish_counts_by_whichever_name(before: str, after: str) -> None:
+    first, later = Options(**{before: 5, "min_tokens": 2}), Options(**{after: 7})
+    assert merged(first, later).answer_tokens == merged(later, Options()).answer_tokens == 7
+    assert merged(first, Options(min_tokens=3)).answer_tokens == 5
+    assert merged(first, later).min_tokens == 2
