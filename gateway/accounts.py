@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gateway.errors import RateLimited
 from gateway.quota import NEVER_USED_S, Rate, duration
-from gateway.tenants import Tenant
+from gateway.tenants import Tenant, Tenants
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Account:
     """One tenant's."""
 
     tenant: Tenant
-    """As it was at its newest request."""
+    """As the file has it now, or had it last; a request may be older."""
     streams: int = 0
     """Not ended."""
     requests_full_s: float = NEVER_USED_S
@@ -106,11 +106,14 @@ class Accounts:
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
 
+    def use(self, tenants: Tenants) -> None:
+        """Go by the limits that these tenants have, also for what is open already."""
+        for name, account in self._accounts.items():
+            account.tenant = tenants.named(name) or account.tenant
+
     def of(self, tenant: Tenant) -> Account:
-        """A tenant's, by the limits that it has now."""
-        account = self._accounts.setdefault(tenant.name, Account(tenant))
-        account.tenant = tenant
-        return account
+        """A tenant's."""
+        return self._accounts.setdefault(tenant.name, Account(tenant))
 
     def share(self, account: Account) -> float:
         """Of what there is, by the weights of this tenant and of those with open streams."""

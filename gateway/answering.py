@@ -32,6 +32,7 @@ class Answering:
         self._opened_s = opened_s
         self._asked_s = 0.0
         self._waits = False
+        self._tokens = 0
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def ask(self, sampling: Sampling) -> None:
@@ -41,8 +42,15 @@ class Answering:
         self._waits = True
         self._crowd.asked()
 
-    def put(self, event: Event) -> None:
-        """An event of the engine, to be passed on."""
+    def put(self, event: Event) -> int:
+        """An event of the engine, to be passed on.
+
+        Returns:
+            How many tokens the answer has beyond those that were counted with earlier events.
+        """
+        before = self._tokens
+        if isinstance(event, TokenEvent):
+            self._tokens += len(event.token_ids)
         if isinstance(event, TokenEvent) and not self.begun:
             now_s = time.monotonic()
             self.ttft_s = now_s - self._asked_s
@@ -51,12 +59,13 @@ class Answering:
                 self._waits = False
                 self._crowd.answered(self.ttft_s, now_s - self._opened_s)
         if isinstance(event, DoneEvent):
-            self.done = event
+            self.done, self._tokens = event, max(event.completion_tokens, before)
             self._metrics.prompt_tokens.inc(event.prompt_tokens)
             self._metrics.cached_tokens.inc(event.cached_tokens)
             self._metrics.completion_tokens.inc(event.completion_tokens)
         self.begun = True
         self._events.put_nowait(event)
+        return self._tokens - before
 
     def stop_waiting(self) -> None:
         """There will be no first token, if there was none."""

@@ -145,6 +145,7 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
         def use(settings: Settings) -> None:
             for user in (pool, streams, engines, app[LOAD]):
                 user.use(settings)
+            app[ACCOUNTS].use(app[TENANTS])
             logging.getLogger().setLevel(settings.log_level.upper())
 
         executor = closing.enter_context(ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer"))
@@ -157,6 +158,7 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
         )
         for stop in (prefixes.stop, tokenizers.stop, pool.stop, keeper.stop, streams.stop):
             closing.push_async_callback(stop)
+        closing.push_async_callback(app[LOAD].tokenizing.stop)
         closing.push_async_callback(retrievals.stop)
         closing.push_async_callback(app[LIFECYCLE].stop)
         await pool.start(callbacks)

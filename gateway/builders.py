@@ -24,10 +24,12 @@ async def builder_for(app: web.Application, model: str) -> PromptBuilder:
             settings.tokenizer or model, app[EXECUTOR], settings.token_cache
         )
         builders[model] = asyncio.get_running_loop().run_in_executor(app[EXECUTOR], make)
+    making = builders[model]
     try:
-        return await asyncio.shield(builders[model])
+        return await asyncio.shield(making)
     except Exception as e:  # libraries raise whatever they like
-        builders.pop(model, None)
+        if builders.get(model) is making:  # else somebody tries again already
+            del builders[model]
         raise EngineFailed(
             f"no tokenizer for {model!r}: {e}. Set --tokenizer to its folder or name"
         ) from e

@@ -25,7 +25,7 @@ from engine_adapter.errors import EngineError, UnknownPrompt
 from engine_adapter.messages import PromptTokens
 from gateway import record as records
 from gateway.bodies import read_body
-from gateway.errors import EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
+from gateway.errors import AnswerGone, EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
 from gateway.idempotency import HEADER
 from gateway.identity import is_forwarded, sent_on, tenant_of
 from gateway.keeper import NOBODY, Keeper, Moved
@@ -58,6 +58,7 @@ PAUSE_S = 0.02
 UNKNOWN_S = 30.0
 """How long such a replica is waited for when the index can't say whether it is alive."""
 SSE = "text/event-stream"
+ANSWERS = ("/finish", "/answer")
 WATCH_S = 0.5
 """How often a replica that does not answer is looked up."""
 
@@ -104,6 +105,7 @@ def on_stream(
                     except HolderGone as gone:
                         if isinstance(found, str) or (gone.heard and not again):
                             raise EngineFailed("the replica that held the stream died") from gone
+                        _must_be_alive(request, found)
                         await _take_over(request.app, request.match_info["id"], found)
             raise IndexAway("the stream moves between replicas")
 
@@ -132,6 +134,7 @@ async def _find(request: web.Request) -> Stream | StreamRecord | str:
         for other in await app[KEEPER].others():
             return other
     if record.holder in (NOBODY, app[KEEPER].replica):  # released, or from before a new start
+        _must_be_alive(request, record)
         await _take_over(app, stream_id, record)
         raise Moved
     if is_forwarded(request):
@@ -142,6 +145,19 @@ async def _find(request: web.Request) -> Stream | StreamRecord | str:
 def _must_own(request: web.Request, tenant: str) -> None:
     """To others it looks as if there were no such stream."""
     if tenant != tenant_of(request).name:
+        raise StreamNotFound(f"no stream {request.match_info['id']!r}")
+
+
+def _must_be_alive(request: web.Request, record: StreamRecord) -> None:
+    """Refuse what is asked of a stream that has ended, where nobody has more than its record.
+
+    Raises:
+        AnswerGone: its answer is asked for.
+        StreamNotFound
+    """
+    if record.state not in ALIVE:
+        if request.path.endswith(ANSWERS):
+            raise AnswerGone(f"the stream is {record.state}, and its answer is not kept any more")
         raise StreamNotFound(f"no stream {request.match_info['id']!r}")
 
 
@@ -279,8 +295,6 @@ async def _take_over(app: web.Application, stream_id: str, record: StreamRecord)
 
 
 async def _taken_over(app: web.Application, stream_id: str, record: StreamRecord) -> None:
-    if record.state not in ALIVE:
-        raise StreamNotFound(f"no stream {stream_id!r}")
     record = await app[KEEPER].claim(stream_id, record.epoch)
     logger.warning("stream %s is taken over", stream_id)
     app[METRICS].taken_over.inc()

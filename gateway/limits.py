@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from aiohttp import web
 
@@ -13,6 +12,7 @@ from gateway.errors import Overloaded
 from gateway.identity import TENANT, tenant_of
 from gateway.keys import ACCOUNTS, ENGINES, LOAD, SETTINGS, STREAMS
 from gateway.settings import Settings
+from gateway.tokenizing import Tokenizing
 
 
 class Load:
@@ -20,11 +20,12 @@ class Load:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._tokenizing_bytes = 0
+        self.tokenizing = Tokenizing(settings.max_tokenizing_bytes)
 
     def use(self, settings: Settings) -> None:
         """Go by these settings from now on."""
         self._settings = settings
+        self.tokenizing.max_bytes = settings.max_tokenizing_bytes
 
     def check(self, engines: Sequence[Engine]) -> None:
         """Whether engines, one or more, are fit for one more stream. Those that are open are served
@@ -36,24 +37,8 @@ class Load:
         queued_tokens = sum(engine.queued_tokens for engine in engines)
         if queued_tokens > self._settings.max_queued_tokens * len(engines):
             raise Overloaded(f"{queued_tokens} tokens wait to be computed")
-        if self._tokenizing_bytes > self._settings.max_tokenizing_bytes / 2:
-            raise Overloaded(f"{self._tokenizing_bytes} bytes wait to be tokenized")
-
-    @contextmanager
-    def tokenizing(self, size_bytes: int) -> Iterator[None]:
-        """While a text of this size waits for its tokens.
-
-        Raises:
-            Overloaded: there is too much else.
-        """
-        taken = self._tokenizing_bytes
-        if taken and taken + size_bytes > self._settings.max_tokenizing_bytes:
-            raise Overloaded(f"{taken} bytes wait to be tokenized")
-        self._tokenizing_bytes += size_bytes
-        try:
-            yield
-        finally:
-            self._tokenizing_bytes -= size_bytes
+        if self.tokenizing.busy:
+            raise Overloaded(f"{self.tokenizing.waiting_bytes} bytes wait to be tokenized")
 
 
 def account_of(request: web.Request) -> Account:
@@ -71,10 +56,18 @@ def admit(request: web.Request, *, stream: bool) -> None:
     Raises:
         RateLimited, Overloaded, EngineFailed
     """
-    account = account_of(request)
-    account.ask()
+    account_of(request).ask()
+    check_room(request, stream=stream)
+
+
+def check_room(request: web.Request, *, stream: bool) -> None:
+    """The part of `admit` that does not concern a request whose stream is there already.
+
+    Raises:
+        RateLimited, Overloaded, EngineFailed
+    """
     if stream:
-        account.check_streams()
+        account_of(request).check_streams()
         request.app[STREAMS].check_room()
     if ready := request.app[ENGINES].ready:
         request.app[LOAD].check(ready)

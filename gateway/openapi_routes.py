@@ -50,7 +50,7 @@ from gateway.openapi import (
     described,
 )
 from gateway.readiness import Readiness
-from gateway.requests import ChunkPost, Create, Options, RankedList
+from gateway.requests import ChunkPost, Create, FinishPost, RankedList
 from gateway.routes_collections import NewCollection, Search
 from gateway.settings import Settings
 
@@ -167,13 +167,14 @@ STREAMS = (
     Operation(
         "post", "/v1/streams/{id}/finish", "finishStream", "Close the input and answer", "streams",
         {200: Answer("The answer; one body with `\"stream\": false`.", _ANSWER)},
-        "Options override those that the stream was opened with.",
-        body={JSON: Options},
+        "Options override those that the stream was opened with. With `seq` the answer is refused "
+        "unless the post of that number, and so all before it, are in the prompt.",
+        body={JSON: FinishPost},
         body_required=False,
         parameters=(_ID, _IDEMPOTENCY, _LAST_EVENT),
         errors=(
-            *_OF_STREAM, Unsupported, ContextTooLong, InputClosed, Overloaded, KeyReused,
-            AnswerGone, RetrievalFailed,
+            *_OF_STREAM, Unsupported, ContextTooLong, InputClosed, SequenceGap, Overloaded,
+            KeyReused, AnswerGone, RetrievalFailed,
         ),
     ),
     Operation(
@@ -182,8 +183,8 @@ STREAMS = (
         "Only of a stream that was finished with an Idempotency-Key.",
         parameters=(_ID, _LAST_EVENT),
         errors=(
-            *_OF_STREAM, Conflict, AnswerGone, InputClosed, ContextTooLong, Overloaded,
-            RetrievalFailed,
+            *_OF_STREAM, Conflict, AnswerGone, InputClosed, SequenceGap, ContextTooLong,
+            Overloaded, RetrievalFailed,
         ),
     ),
     Operation(

@@ -25,7 +25,7 @@ async def relay(
     request: web.Request,
     answer: aiohttp.ClientResponse,
     silence_s: float | None = None,
-    seen: Callable[[bytes], None] = lambda part: None,
+    seen: Callable[[bytes], None] | None = None,
 ) -> web.StreamResponse:
     """Send an answer on. One that breaks off does not look complete to the client.
 
@@ -38,7 +38,8 @@ async def relay(
     try:
         async with request.app[LIFECYCLE].until_the_end():
             while part := await _next(answer, silence_s):
-                seen(part)
+                if seen is not None:
+                    seen(part)
                 await response.write(part)
         await response.write_eof()
     except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, TimeoutError, Draining) as e:

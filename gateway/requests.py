@@ -22,7 +22,7 @@ UNSUPPORTED = frozenset(
 """Parameters of chat completions that a stream does not take. The plain pass-through does."""
 
 
-Natural = Annotated[Int64, msgspec.Meta(ge=0)]
+Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 
 

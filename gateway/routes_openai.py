@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import aiohttp
@@ -122,7 +123,10 @@ async def _pass(request: web.Request, body: bytes, model: object) -> web.StreamR
                 raise EngineFailed(f"the engine can't be reached: {e}") from e
             engines.pool.told(engine, None)
             async with answer:
-                return await relay(request, answer, seen=tokens.see)
+                return await relay(request, answer, seen=tokens.see if answer.ok else None)
+    except asyncio.CancelledError:
+        tokens.hung_up(0 if engine.info is None else engine.info.max_model_len)
+        raise
     finally:
         account_of(request).spend(tokens.total)
 

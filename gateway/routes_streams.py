@@ -35,7 +35,7 @@ from gateway.holding import on_stream
 from gateway.identity import is_forwarded, tenant_of
 from gateway.keeper import Moved
 from gateway.keys import ENGINES, LIFECYCLE, LOAD, METRICS, RETRIEVALS, SETTINGS, STREAMS
-from gateway.limits import account_of, admit, body_limit, chunk_limit
+from gateway.limits import account_of, admit, body_limit, check_room, chunk_limit
 from gateway.placement import ModelPlacer
 from gateway.prompt import Document
 from gateway.record import Taken
@@ -62,21 +62,25 @@ MAX_DIGITS = 18
 
 async def create(request: web.Request) -> web.StreamResponse:
     """Open a stream; with a body of NDJSON, open, feed and finish it in one request."""
-    admit(request, stream=True)
     if request.content_type == NDJSON:
         return await _one_request(request)
-    body = await read_body(request, body_limit(request))
     if (key := idempotency.key_of(request)) is not None:
-        return await _create_once(request, body, key)
+        return await _create_once(request, key)
+    admit(request, stream=True)
+    body = await read_body(request, body_limit(request))
     return _json(await _describe(await _open(request, read(Create, body), kept=True)), 201)
 
 
-async def _create_once(request: web.Request, body: bytes, key: str) -> web.Response:
-    """The stream of an idempotency key, made by the first request with it."""
+async def _create_once(request: web.Request, key: str) -> web.Response:
+    """The stream of an idempotency key, made by the first request with it. For the others it needs
+    no room."""
+    account_of(request).ask()
+    body = await read_body(request, body_limit(request))
     stream_id, asked = idempotency.stream_id(request, key), idempotency.digest(body)
     with idempotency.making(request.app, stream_id):
         found = await idempotency.made_before(request, stream_id, asked)
         if found is None:
+            check_room(request, stream=True)
             create = read(Create, body)
             try:
                 stream = await _open(request, create, kept=True, stream_id=stream_id, asked=asked)
@@ -255,7 +259,7 @@ async def _open(
     wanted = body.wanted
     plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
     builder = await builder_for(app, body.model)
-    prompt = await builder.frame(body.messages)
+    prompt = await app[LOAD].tokenizing.frame(builder, body.messages)
     placer = ModelPlacer(app[ENGINES], body.model, tenant.cache_salt)
     options = merged(Options(), body)
     app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))  # others may have come since
@@ -269,7 +273,7 @@ async def _open(
             stream.take(await _tokenized(app, stream, body.documents)())
         await stream.begin()
         if plan is not None:
-            tokenize = partial(builder.document, salt=tenant.cache_salt)
+            tokenize = partial(app[LOAD].tokenizing.found, builder, tenant.cache_salt)
             room = _room(stream, placer.max_model_len)
             stream.retrieval = app[RETRIEVALS].start(stream, plan, tokenize, room)
     except BaseException:
@@ -279,18 +283,18 @@ async def _open(
 
 
 def _room(stream: Stream, max_model_len: int | None) -> int | None:
-    """Tokens that the documents of a stream may have together."""
+    """Tokens that the documents of a stream may have together; None: nobody knows."""
+    allowed = stream.limits.context_tokens
     if max_model_len is None:
-        return None
+        return allowed
     frame = stream.prompt.length - stream.prompt.context_tokens
-    return max_model_len - frame - (stream.options.answer_tokens or ANSWER_TOKENS)
+    room = max_model_len - frame - (stream.options.answer_tokens or ANSWER_TOKENS)
+    return room if allowed is None else min(room, allowed)
 
 
 def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
     async def documents() -> list[Document]:
-        builder, salt = await builder_for(app, stream.model), stream.tenant.cache_salt
-        with app[LOAD].tokenizing(sum(len(chunk.text) for chunk in chunks)):
-            return [await builder.document(c.text, c.id, salt=salt) for c in chunks]
+        return await _texts(app, stream, [(chunk.text, chunk.id) for chunk in chunks])
 
     return documents
 
@@ -308,14 +312,17 @@ def _known_or_tokenized(
         known: dict[str | None, Document] = {
             r.id: _known(stream, r.id) for r in ranked if r.text is None and r.id is not None
         }
-        builder, salt = await builder_for(app, stream.model), stream.tenant.cache_salt
-        with app[LOAD].tokenizing(sum(len(r.text or "") for r in ranked)):
-            return [
-                known[r.id] if r.text is None else await builder.document(r.text, r.id, salt=salt)
-                for r in ranked
-            ]
+        new = iter(await _texts(app, stream, [(r.text, r.id) for r in ranked if r.text]))
+        return [known[r.id] if r.text is None else next(new) for r in ranked]
 
     return documents
+
+
+async def _texts(
+    app: web.Application, stream: Stream, pieces: Sequence[tuple[str, str | None]]
+) -> list[Document]:
+    builder = await builder_for(app, stream.model)
+    return await app[LOAD].tokenizing.documents(builder, pieces, stream.tenant.cache_salt)
 
 
 def _known(stream: Stream, name: str) -> Document:
@@ -328,7 +335,15 @@ def _known(stream: Stream, name: str) -> Document:
 
 
 async def _one_request(request: web.Request) -> web.StreamResponse:
-    """First line the request, then chunks, then `{"finish": true}`."""
+    """First line the request, then chunks, then `{"finish": true}`.
+
+    Raises:
+        BadRequest: also if it has an idempotency key: its body is taken in as it comes, so nobody
+            could tell whether another is the same.
+    """
+    if idempotency.HEADER in request.headers:
+        raise BadRequest("a body of NDJSON has no idempotency key", param=idempotency.HEADER)
+    admit(request, stream=True)
     limit, account = chunk_limit(request), account_of(request)
     idle_s = tenant_of(request).idle_s or request.app[SETTINGS].now.idle_timeout_s
     stream: Stream | None = None

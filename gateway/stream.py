@@ -49,6 +49,7 @@ from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
 from gateway.retrieving import Retrieval
 from gateway.telemetry import Metrics
+from gateway.tenants import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,11 @@ class Stream:
     def ended(self) -> bool:
         """Whether nothing follows, at this replica at least."""
         return self.state not in ALIVE
+
+    @property
+    def limits(self) -> Limits:
+        """Its tenant's, as they are now."""
+        return self.account.tenant
 
     @property
     def engine(self) -> Engine | None:
@@ -249,7 +255,7 @@ class Stream:
         """Raise ContextTooLong if a prompt is too long for its tenant, or for its answer's sake."""
         prompt.must_fit(
             self._placer.max_model_len, answer_tokens or self._answer_tokens,
-            context_limit=self.tenant.context_tokens, param=param,
+            context_limit=self.limits.context_tokens, param=param,
         )  # fmt: skip
 
     def _took_in(self, tokens: int) -> None:
@@ -543,9 +549,8 @@ class Stream:
 
     def _pass_on(self, event: Event) -> None:
         self.touched_s = time.monotonic()
-        self._answering.put(event)
+        self.account.spend(self._answering.put(event))
         if isinstance(event, DoneEvent):
-            self.account.spend(event.completion_tokens)
             self._end("done")
 
 

@@ -281,9 +281,9 @@ class Streams:
         """What has to be done for silent streams now; forgets the long ended ones."""
         work: list[Coroutine[Any, Any, None]] = []
         for stream in list(self._streams.values()):
-            silent_s, tenant = now_s - stream.touched_s, stream.tenant
-            idle_s = tenant.idle_s or self._settings.idle_timeout_s
-            life_s = tenant.stream_s or self._settings.max_stream_s
+            silent_s, limits = now_s - stream.touched_s, stream.limits
+            idle_s = limits.idle_s or self._settings.idle_timeout_s
+            life_s = limits.stream_s or self._settings.max_stream_s
             if stream.ended:
                 if silent_s > self._settings.keep_finished_s:
                     self._forget(stream)

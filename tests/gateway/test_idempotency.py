@@ -58,6 +58,16 @@ async def test_the_same_creation_gives_the_same_stream(http: httpx.AsyncClient) 
     assert "Idempotent-Replayed" not in first.headers
 
 
+async def test_a_stream_that_is_there_needs_no_room(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    keys, headers = tenants_file(file, a="streams = 1"), key()
+    async with gateway(model_dir, file) as at, at.client(keys["a"]) as http:
+        first = await http.post("/v1/streams", json=BODY, headers=headers)
+        again = await http.post("/v1/streams", json=BODY, headers=headers)
+        assert (again.status_code, again.json()["id"]) == (201, first.json()["id"])
+        assert (await http.post("/v1/streams", json=BODY, headers=key())).status_code == 429
+
+
 async def test_many_at_once_make_one(
     running: tuple[Gateway, dict[str, str]], http: httpx.AsyncClient
 ) -> None:
@@ -205,3 +215,28 @@ async def test_a_finish_that_failed_leaves_its_key_free(http: httpx.AsyncClient)
     long = await http.post(path, json=WHOLE | {"max_tokens": 10_000_000}, headers=headers)
     assert code(long) == (400, "context_length_exceeded")
     assert (await http.post(path, json=WHOLE, headers=headers)).status_code == 200
+
+
+async def test_a_body_of_ndjson_has_no_key(http: httpx.AsyncClient) -> None:
+    headers = key() | {"Content-Type": "application/x-ndjson"}
+    refused = await http.post("/v1/streams", content=b"{}", headers=headers)
+    assert code(refused) == (400, "invalid_request")
+    assert refused.json()["error"]["param"] == "Idempotency-Key"
+
+
+async def test_an_answer_whose_stream_is_forgotten_is_gone(model_dir: Path) -> None:
+    headers = key()
+    async with gateway(model_dir, None, keep_finished_s=0.1) as at, at.client(None) as http:
+        path = f"/v1/streams/{(await http.post('/v1/streams', json=BODY)).json()['id']}"
+        first = await http.post(path + "/finish", json=WHOLE, headers=headers)
+        assert first.status_code == 200
+
+        async def forgotten() -> bool:
+            return at.app[STREAMS].find(path.rpartition("/")[2]) is None
+
+        await until(forgotten, within_s=5)
+        again = await http.post(path + "/finish", json=WHOLE, headers=headers)
+        assert code(again) == (410, "answer_gone")
+        assert code(await http.get(path + "/answer")) == (410, "answer_gone")
+        late = await http.post(path + "/chunks", json={"text": "x"})
+        assert code(late) == (404, "stream_not_found")

@@ -14,12 +14,9 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.errors import Overloaded
 from gateway.keys import ENGINES
-from gateway.limits import Load
 from gateway.metering import PassedTokens
 from gateway.quota import NEVER_USED_S, WINDOW_S, Rate, duration
-from gateway.settings import Settings
 from tests.conftest import until
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
@@ -64,30 +61,47 @@ def test_durations_are_written_as_openai_does(seconds: float, written: str) -> N
 
 
 @given(
-    events=st.integers(0, 20), sizes=st.lists(st.integers(1, 50), min_size=1), usage=st.booleans()
+    events=st.integers(0, 20),
+    sizes=st.lists(st.integers(1, 50), min_size=1),
+    usage=st.booleans(),
+    behind=st.sampled_from([0, 100, 20_000]),
 )
-def test_passed_tokens_are_counted_however_the_answer_is_cut(
-    events: int, sizes: list[int], usage: bool
+def test_passed_tokens_are_counted_however_the_answer_is_cut_and_whatever_follows(
+    events: int, sizes: list[int], usage: bool, behind: int
 ) -> None:
     text = b'data: {"choices": [{"text": "data:"}]}\n\n' * events
     if usage:
-        text += b'data: {"usage": {"prompt_tokens": 7, "completion_tokens": 5}}\n\n'
+        for tokens in (3, 5):  # with each event, or at the end
+            text += b'data: {"usage": {"prompt_tokens": 7, "completion_tokens": %d}}\n\n' % tokens
+    text += b": " + b"x" * behind + b"\n\n"
     text += b"data: [DONE]\n\n"
     passed, at, i = PassedTokens(b"x" * 40), 0, 0
     while at < len(text):
         size = sizes[i % len(sizes)]
         passed.see(text[at : at + size])
         at, i = at + size, i + 1
-    assert passed.total == (12 if usage else 10 + events)
+    assert passed.total == (12 if usage else 10 + (events or len(text) // 4))
 
 
-def test_one_text_of_any_size_may_be_tokenized_but_not_a_heap_of_them() -> None:
-    load = Load(Settings(max_queued_tokens=10, max_tokenizing_bytes=100))
-    with load.tokenizing(1000), pytest.raises(Overloaded), load.tokenizing(1):
-        pass
-    with load.tokenizing(40), load.tokenizing(60), pytest.raises(Overloaded):
-        load.check([])  # what is open is served further, what is new is not
-    load.check([])
+@pytest.mark.parametrize(
+    ("asked", "tokens"),
+    [
+        (b'{"max_tokens": 50}', 50),
+        (b'{"max_completion_tokens": 50, "n": 2}', 100),
+        (b"{}", 1000),
+        (b'{"max_tokens": 5000}', 1000),
+        (b'{"max_tokens": -5}', 0),
+        (b'{"max_tokens": 50, "stream": true}', 0),
+        (b'{"max_tokens": "many"}', 0),
+        (b"", 0),
+    ],
+)
+def test_an_answer_that_nobody_waited_for_costs_what_it_could_have_had(
+    asked: bytes, tokens: int
+) -> None:
+    passed = PassedTokens(asked)
+    passed.hung_up(1000)
+    assert passed.total == len(asked) // 4 + tokens
 
 
 # Over HTTP.
