@@ -158,7 +158,7 @@ def operations(draw: DrawFn) -> Operation:
     """One operation: usually right, if the prompt is open."""
     names = ["open", "extend", "invalidate", "finish", "status", "tokens", "abort"]
     fields = ["tokens", "version", "keep", "sampling", "lease_s", "weight", "cache_salt"]
-    odd = draw(st.sampled_from([""] * 6 + ["tokens", "later", "keep", "changed", "raw"]))
+    odd = draw(st.sampled_from([""] * 12 + ["tokens", "later", "keep", "changed", "raw"]))
     return Operation(
         draw(st.sampled_from([*names, "open", "open", "extend", "extend"])),
         draw(IDS),
