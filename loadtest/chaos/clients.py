@@ -24,7 +24,6 @@ SHARES: Mapping[Kind, float] = {
 WORDS = ("river", "stone", "signal", "garden", "copper", "window", "letter", "engine", "winter",
          "paper", "island", "market", "silver", "bridge", "forest", "harbor")  # fmt: skip
 GAPS_S = (0.02, 0.7)
-FINISH_SAYS_SEQ = False
 
 
 class Player:
@@ -238,7 +237,7 @@ class Player:
 
     def _last_post(self) -> Json:
         """What `finish` says of the posts before it."""
-        return {"seq": len(self._history.posts) - 1} if FINISH_SAYS_SEQ else {}
+        return {"seq": len(self._history.posts) - 1}
 
     async def _whole_body(self, body: Json) -> None:
         path, asked = self._path + "/finish", body | {"stream": False}
