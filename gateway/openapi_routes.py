@@ -89,7 +89,7 @@ _OF_ENGINE = Answer(
 )
 _LINES = {
     "type": "string",
-    "description": "Lines of JSON: first one of `Create`, then chunks (`Chunk`), at last `Options` "
+    "description": "Lines of JSON: first one of `Create`, then chunks (`Chunk`), at last options "
     'with `"finish": true`.',
 }
 _PASSAGES = {

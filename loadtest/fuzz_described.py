@@ -52,9 +52,9 @@ WALKED = 0.4
 FREE = (
     "n", "min_tokens", "temperature", "top_p", "min_p", "top_k", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "top_logprobs", "stop_token_ids",
-    "stop",
+    "stop", "seq",
 )  # fmt: skip
-"""Options whose values depend on each other; walks leave them out, to get somewhere."""
+"""Options that are refused unless others fit; walks leave them out, to get somewhere."""
 
 Json = dict[str, Any]
 
@@ -126,7 +126,7 @@ class Described:
         return name
 
     def walk(self, count: int, number: int) -> None:
-        schema = _schema(self._narrowed())
+        schema = _schema(narrowed(self._document, self._model))
         schema.config.generation.update(modes=[GenerationMode.POSITIVE])
         held, where = self._held, self._where
 
@@ -176,31 +176,42 @@ class Described:
         said = " ".join(str(failure).split())
         self._tally.fault(f"{label}: {type(failure).__name__}: {said[:160]}", case.body)
 
-    def _narrowed(self) -> Json:
-        """The description with fewer values, so that most walks find their stream open."""
-        document = copy.deepcopy(self._document)
-        schemas = document["components"]["schemas"]
-        create = schemas["Create"]["properties"]
-        create["model"] = {"enum": [self._model]}
-        create["retrieval"] = {"type": "null"}
-        message = {
-            "type": "object",
-            "properties": {"role": {"enum": ["user"]}, "content": {"type": "string"}},
-            "required": ["role", "content"],
-            "additionalProperties": False,
-        }
-        create["messages"] = {"type": "array", "items": message, "minItems": 1, "maxItems": 3}
-        post = schemas["ChunkPost"]
-        del post["properties"]["chunks"]
-        post["properties"]["seq"] = {"type": "integer", "minimum": 0, "maximum": 3}
-        post["required"] = ["text"]
-        for name in ("Create", "Options"):
-            options = schemas[name]["properties"]
-            for option in FREE:
-                del options[option]
-            for option in ("max_tokens", "max_completion_tokens"):
-                options[option] = {"type": "integer", "minimum": 1, "maximum": 16}
-        return document
+
+def narrowed(document: Json, model: str) -> Json:
+    """A description with fewer values, so that most walks find their stream open."""
+    document = copy.deepcopy(document)
+    schemas = document["components"]["schemas"]
+    create = schemas["Create"]["properties"]
+    create["model"] = {"enum": [model]}
+    create["retrieval"] = {"type": "null"}
+    message = {
+        "type": "object",
+        "properties": {"role": {"enum": ["user"]}, "content": {"type": "string"}},
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    }
+    create["messages"] = {"type": "array", "items": message, "minItems": 1, "maxItems": 3}
+    for name in ("Create", schema_of(document, "finishStream")):
+        options = schemas[name]["properties"]
+        for option in FREE:
+            options.pop(option, None)
+        for option in ("max_tokens", "max_completion_tokens"):
+            options[option] = {"type": "integer", "minimum": 1, "maximum": 16}
+    post = schemas[schema_of(document, "postChunks")]
+    del post["properties"]["chunks"]
+    post["properties"]["seq"] = {"type": "integer", "minimum": 0, "maximum": 3}
+    post["required"] = ["text"]
+    return document
+
+
+def schema_of(document: Json, operation: str) -> str:
+    """Name of the schema of an operation's body."""
+    for methods in document["paths"].values():
+        for said in methods.values():
+            if said["operationId"] == operation:
+                schema = said["requestBody"]["content"]["application/json"]["schema"]
+                return str(schema["$ref"]).rpartition("/")[2]
+    raise KeyError(operation)
 
 
 def _schema(document: Json) -> Any:

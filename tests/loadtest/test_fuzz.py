@@ -10,10 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
+from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from gateway.openapi_routes import public
 from loadtest.fuzz import MODEL, fuzz, servers
 from loadtest.fuzz_bodies import Lines, Operation, Operations, ndjson
-from loadtest.fuzz_described import Described
+from loadtest.fuzz_described import Described, narrowed
 from loadtest.fuzz_tally import Tally, session
 
 DOCUMENT = {
@@ -105,6 +107,17 @@ def test_what_is_not_as_described_is_found() -> None:
     with answering(418, b"") as url:
         Described(session(), url, MODEL, tally).apart(4, 1)
     assert any("POST /things" in found for found in tally.faults), tally.faults
+
+
+def test_walks_are_made_of_what_the_gateway_describes() -> None:
+    """The narrower description is one still, and lets nothing through that the whole does not."""
+    whole = json.loads(public(collections=False))
+    narrow = narrowed(whole, MODEL)
+    assert [e.message for e in OpenAPIV31SpecValidator(narrow).iter_errors()] == []
+    for name, schema in narrow["components"]["schemas"].items():
+        assert schema.get("properties", {}).keys() <= (
+            whole["components"]["schemas"][name].get("properties", {}).keys()
+        )
 
 
 @given(parts=ndjson(MODEL))
