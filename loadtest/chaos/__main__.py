@@ -120,7 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=1150)
     parser.add_argument("--faults", type=int, default=220)
     parser.add_argument(
-        "--seconds", type=float, default=360.0, help="in which streams and faults begin"
+        "--seconds", type=float, default=420.0, help="in which streams and faults begin"
     )
     parser.add_argument("--no-collections", action="store_true", help="and no full disk")
     parser.add_argument("--logs", type=Path, help="folder for the logs of all processes")

@@ -12,12 +12,13 @@ import orjson
 
 from loadtest.chaos.history import History, Json, Request
 
-REQUEST_S = 30.0
-"""The deadline of every request; of an answer that is streamed, of each of its parts. No fault
-lasts half as long."""
+REQUEST_S = 40.0
+"""The deadline of every request; of an answer that is streamed, of each of its parts. Longer than
+any wait of a gateway: of a replica that nobody can say is alive it takes leave after 30 s."""
 PATIENCE_S = 60.0
 """So long a client tries again."""
-PAUSES_S = (0.05, 0.5)
+PAUSES_S = (0.05, 0.2)
+LONGEST_PAUSE_S = 2.0
 AGAIN = frozenset({"idempotency_key_in_use"})
 """Codes, besides all of status 503, that go away."""
 BROKEN = (aiohttp.ClientError, ConnectionError)
@@ -46,6 +47,8 @@ class Caller:
         self.history = history
         self._urls = urls
         self._at = rng.randrange(len(urls))
+        self._failures = 0
+        """In a row."""
 
     @property
     def url(self) -> str:
@@ -64,6 +67,7 @@ class Caller:
         while time.monotonic() < begun_s + PATIENCE_S:
             status, answer = await self._once(what, method, path, body, headers)
             if status is not None and status < 400:
+                self._failures = 0
                 return answer
             error = answer.get("error", {})
             last = str(error.get("code") or "broken")
@@ -73,9 +77,11 @@ class Caller:
         raise Refused(last, {})
 
     async def elsewhere(self) -> None:
-        """Go to another gateway, after a pause."""
+        """Go to another gateway, after a pause that is longer each time."""
         self._at += 1
-        await asyncio.sleep(self.rng.uniform(*PAUSES_S))
+        pause_s = self.rng.uniform(*PAUSES_S) * 2 ** min(self._failures, 10)
+        self._failures += 1
+        await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
 
     async def _once(
         self,
@@ -104,8 +110,8 @@ class Caller:
 
     def note(self, what: str, outcome: str, begun_s: float) -> None:
         """A request has ended."""
-        took_s = time.monotonic() - begun_s
-        self.history.requests.append(Request(what, outcome, took_s))
+        now_s, gateway = time.monotonic(), self._at % len(self._urls) + 1
+        self.history.requests.append(Request(what, outcome, now_s - begun_s, gateway, now_s))
 
 
 def parsed(raw: bytes) -> Json:

@@ -16,7 +16,7 @@ from gateway.client import Client, StreamError
 from loadtest.chaos.answers import Answer
 from loadtest.chaos.bed import MODEL
 from loadtest.chaos.calls import BROKEN, REQUEST_S, Caller, Refused, code_of, parsed
-from loadtest.chaos.history import History, Json, Kind, Post, Request
+from loadtest.chaos.history import History, Json, Kind, Post
 
 SHARES: Mapping[Kind, float] = {
     "crawl": 45, "ann": 22, "simple": 9, "one request": 6, "delete": 6, "leave": 7, "silent": 5,
@@ -80,7 +80,7 @@ class Player:
             begun_s, what = time.monotonic(), "open"
 
             def note(outcome: str) -> None:
-                history.requests.append(Request(what, outcome, time.monotonic() - begun_s))
+                self._call.note(what, outcome, begun_s)
 
             try:
                 async with client.stream(

@@ -212,10 +212,10 @@ KINDS = (
     Kind("trickle", 2, _links, (1.0, 4.0), _trickle),
     Kind("cut link", 6, _links, (0.0, 0.1), _cut),
     Kind("silent link", 4, _links, (1.0, 6.0), _swallow),
-    Kind("restart redis", 1.5, _redis, (0.1, 3.0), _kill),
-    Kind("full redis", 2, _redis, (1.0, 5.0), _full_redis),
-    Kind("read-only redis", 2, _redis, (1.0, 5.0), _read_only_redis),
-    Kind("lost data", 1, _redis, (0.0, 0.1), _forget),
+    Kind("restart redis", 0.8, _redis, (0.1, 3.0), _kill),
+    Kind("full redis", 0.8, _redis, (1.0, 5.0), _full_redis),
+    Kind("read-only redis", 0.8, _redis, (1.0, 5.0), _read_only_redis),
+    Kind("lost data", 0.5, _redis, (0.0, 0.1), _forget),
     Kind("full disk", 2, _disk, (1.0, 5.0), _fill),
 )
 

@@ -24,6 +24,10 @@ class Request:
     outcome: str
     """`ok`, the code of an error, `broken` (the connection), or `hung`."""
     took_s: float
+    gateway: int
+    """Its number."""
+    ended_s: float
+    """On the machine's monotonic clock."""
 
 
 @dataclass(slots=True)

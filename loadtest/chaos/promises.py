@@ -20,12 +20,14 @@ from loadtest.chaos.history import WANT_ANSWERS, History, Post
 MARK = "{{documents}}"
 CODES = frozenset(
     {
-        "ok", "broken", "engine_unavailable", "index_unavailable", "overloaded", "draining",
+        "ok", "broken", "hung", "engine_unavailable", "index_unavailable", "overloaded", "draining",
         "stream_not_found", "sequence_gap", "answer_gone", "idempotency_key_in_use",
         "unknown_document", "input_closed", "model_not_found", "conflict", "storage_full",
+        "engine_timeout",
     }
 )  # fmt: skip
-"""How a request may end under faults. `broken`: the connection was, by a fault."""
+"""How a request may end under faults. `broken`: the connection was, by a fault. `hung` is counted
+by itself."""
 
 
 class Tokens:

@@ -115,7 +115,8 @@ async def run(plan: Plan, folder: Path, say: Callable[[str], None]) -> Result:
     broken = check(everyone, tokens)
     broken += [f"passage {name} was acknowledged and is not there" for name in lost]
     hung = [
-        f"stream {h.number} ({h.kind}): {r.what} had not ended after {r.took_s:.1f} s"
+        f"{r.ended_s - begun_s:7.1f} s  stream {h.number} ({h.kind}): {r.what} had not ended after "
+        f"{r.took_s:.1f} s at gateway {r.gateway}"
         for h in everyone
         for r in h.requests
         if r.outcome == "hung"
