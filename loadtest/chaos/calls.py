@@ -14,7 +14,7 @@ from loadtest.chaos.history import History, Json, Request
 
 REQUEST_S = 40.0
 """The deadline of every request; of an answer that is streamed, of each of its parts. Longer than
-any wait of a gateway: of a replica that nobody can say is alive it takes leave after 30 s."""
+any wait of a gateway, which is 30 s for a replica that nobody can say is alive."""
 PATIENCE_S = 60.0
 """So long a client tries again."""
 PAUSES_S = (0.05, 0.2)

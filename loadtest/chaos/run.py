@@ -23,7 +23,7 @@ from loadtest.chaos.store import Store, keep_adding, missing
 
 STREAM_S = 400.0
 """Longer than the patience of any client with all its requests together."""
-SETTLE_S, LOOK_S = 2.0, 0.1
+SETTLE_S, LOOK_S, TICK_S = 2.0, 0.1, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,9 @@ class Result:
     forgotten_s: float
     """Until Redis had nothing any more, the gateways being stopped."""
     took_s: float
+    late_s: Sequence[float]
+    """By how much this process, with its clients and links, was late ten times a second: on a
+    machine that is too busy for all of this the processes are slow without a fault."""
 
     @property
     def failed(self) -> bool:
@@ -95,13 +98,18 @@ async def run(plan: Plan, folder: Path, say: Callable[[str], None]) -> Result:
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         ) as http:
-            adding = asyncio.create_task(_store(http, made, plan, store))
+            late_s: list[float] = []
+            beside = [
+                asyncio.create_task(_store(http, made, plan, store)),
+                asyncio.create_task(_note_lateness(late_s)),
+            ]
             async with asyncio.TaskGroup() as running:
                 running.create_task(faults.run())
                 running.create_task(_play_all(http, made, plan, clients, faults))
             took_s = time.monotonic() - begun_s
-            adding.cancel()
-            await asyncio.gather(adding, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
         say(f"{took_s:7.1f} s  all faults are undone, all clients have gone")
         after, quiet_s = await leaks.settled(made, before)
         found = leaks.leaked(before, after)
@@ -123,7 +131,7 @@ async def run(plan: Plan, folder: Path, say: Callable[[str], None]) -> Result:
     ]
     return Result(
         clients, faults.done, store, broken, found, hung, exceptions, before, after, quiet_s,
-        forgotten_s, took_s,
+        forgotten_s, took_s, late_s,
     )  # fmt: skip
 
 
@@ -150,6 +158,13 @@ async def _play(player: Player, history: History) -> None:
             await player.play()
     except TimeoutError:
         history.odd.append(f"its client was not done after {STREAM_S:g} s")
+
+
+async def _note_lateness(late_s: list[float]) -> None:
+    while True:
+        begun_s = time.monotonic()
+        await asyncio.sleep(TICK_S)
+        late_s.append(time.monotonic() - begun_s - TICK_S)
 
 
 async def _store(http: aiohttp.ClientSession, made: Bed, plan: Plan, store: Store) -> None:
