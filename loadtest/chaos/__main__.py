@@ -64,8 +64,8 @@ def show(result: Result) -> None:
           f"longest {max(times):.1f}")  # fmt: skip
     print(f"  answers begun again: {_sum(result, 'retellings')}; acknowledged posts asked for "
           f"again: {_sum(result, 'lost_posts')}")  # fmt: skip
-    print(f"  this process was late by P50 / P95 / P99: {slashed(p50_p95_p99(result.late_s), 3)} s, "
-          f"at most {max(result.late_s):.1f}")  # fmt: skip
+    late = slashed(p50_p95_p99(result.late_s), 3)
+    print(f"  this process was late, P50 / P95 / P99: {late} s, longest {max(result.late_s):.1f}")
     store = result.store
     print(f"  collections: {len(store.acknowledged)} passages acknowledged, {store.searches} "
           f"searches, {store.full} times no room")  # fmt: skip
