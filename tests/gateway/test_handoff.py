@@ -27,6 +27,8 @@ from tests.gateway.fallible import MODEL, TENANT, Decode, Failure, Prefill, Worl
 
 PROMPT = Prompt((1, 2, 3), (4, 5))
 RULE = Rule(min_tokens=2, idle_tokens=-1, timeout_s=0.05)
+PATIENT = replace(RULE, timeout_s=3.0)
+"""Where no engine stalls: the machine may."""
 STALL_S = 0.1
 GREEDY = Options(temperature=0, max_tokens=12)
 
@@ -106,7 +108,7 @@ async def read(stream: Stream, most: int = 1000, *, found: Answer | None = None)
     return found
 
 
-async def answered(world: World, options: Options, rule: Rule = RULE) -> tuple[Answer, Stream]:
+async def answered(world: World, options: Options, rule: Rule = PATIENT) -> tuple[Answer, Stream]:
     """An answer, after which nothing is left at any engine."""
     async with begun(world, rule) as stream:
         await stream.finish(options)
