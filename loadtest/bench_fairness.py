@@ -183,8 +183,13 @@ def _spread(values: Sequence[float]) -> str:
 
 def _rise(after: Sequence[float], before: Sequence[float]) -> str:
     """Of each seed's own."""
-    rises = [a / b - 1 for a, b in zip(after, before, strict=True)]
-    return f"{statistics.median(rises):+.0%} ({min(rises):+.0%} - {max(rises):+.0%})"
+    times = [a / b for a, b in zip(after, before, strict=True)]
+    middle, least, most = map(_change, (statistics.median(times), min(times), max(times)))
+    return f"{middle} ({least} - {most})"
+
+
+def _change(times: float) -> str:
+    return f"{times - 1:+.0%}" if times < 3 else f"{times:.0f}x"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from engine_adapter.scheduling.order import Entry, Order
@@ -29,17 +28,11 @@ FLOODED_STEP_TOKENS = 1024
 that is in their own. Shorter steps are mostly what a step costs whatever is in it."""
 
 FLOOD_TOKENS = 32_768
-"""No less is a flood: some long prompts at a time are not."""
+FLOOD_REQUESTS = 8
+"""No less that waits is a flood: some long prompts are not."""
 
-
-@dataclass(frozen=True, slots=True)
-class Flood:
-    """A tenant of whom more waits than of all others together: it waits for its own, and shorter
-    steps take little from it. Where all have much to compute there is none."""
-
-    tenant: str
-    share_tokens: int
-    """Of a step, by its weight among all that are present."""
+FLOOD_AHEAD = 0.25
+"""Nor is a tenant that has had little more than others: by so much of the credit."""
 
 
 class Turns:
@@ -50,7 +43,7 @@ class Turns:
         order: Order,
         served: Mapping[str, float],
         weights: Mapping[str, float],
-        flood: Flood | None = None,
+        flood: str | None = None,
     ) -> None:
         self.served = dict(served)
         """Tokens over weights, with those of this step."""
@@ -59,7 +52,6 @@ class Turns:
         self._full_only = False
         self._flood = flood
         self._tokens = 0
-        self._flood_tokens = 0
         self.lent = False
         """Turns are over for this step: what is left of it goes by `lend`."""
 
@@ -77,12 +69,12 @@ class Turns:
             else:
                 queues.setdefault(entry[2].tenant, []).append(entry)
         heads = []
-        for tenant, entries in queues.items():
+        for entries in queues.values():
             entries.reverse()
-            heads.append((self.served[tenant], entries.pop()))
+            heads.append(self._head(entries.pop()))
         heapify(heads)
         while heads and not self.lent:
-            entry = heappop(heads)[1]
+            entry = heappop(heads)[2]
             tenant, full = entry[2].tenant, entry[2].full
             if self._full_only and not full:
                 continue  # nor is anything behind it in its tenant's order
@@ -90,9 +82,17 @@ class Turns:
                 continue
             yield entry
             if entries := queues[tenant]:
-                heappush(heads, (self.served[tenant], entries.pop()))
+                heappush(heads, self._head(entries.pop()))
         if self.lent:
             yield from (e for e in self._order.ready if e[2].full and e[2].held_blocks)
+
+    def _head(self, entry: Entry) -> tuple[bool, float, Entry]:
+        """What tenants are compared by. Where steps are kept short for full requests, those of all
+        come before partial ones, as they do for one tenant; those of a flood are no better than
+        partial ones."""
+        view = entry[2]
+        last = not view.full or view.tenant == self._flood
+        return last and self._order.policy.restrained, self.served[view.tenant], entry
 
     def lend(self) -> None:
         """A full request whose turn it is does not fit into memory. What is left of the step is for
@@ -105,20 +105,11 @@ class Turns:
         tenant = view.tenant
         self.served[tenant] += tokens / self._weights.get(tenant, 1.0)
         self._tokens += tokens
-        if self._flood is not None and tenant == self._flood.tenant:
-            self._flood_tokens += tokens
 
     def most_tokens(self, view: View) -> int:
-        """Tokens that a request may have in this step. A flood fills it up; where others had more
-        than it, it has its share anyhow."""
-        flood = self._flood
-        if flood is None or view.decoding or view.tenant != flood.tenant:
-            return sys.maxsize
-        fill = FLOODED_STEP_TOKENS - self._tokens
-        owed = self.served[flood.tenant] < min(
-            (self.served[t] for t in self._order.tenants if t != flood.tenant), default=0.0
-        )
-        return max(fill, flood.share_tokens - self._flood_tokens) if owed else fill
+        """Tokens that a request may have in this step."""
+        flooding = view.tenant == self._flood and not view.decoding
+        return FLOODED_STEP_TOKENS - self._tokens if flooding else sys.maxsize
 
     def granted_all(self, grants: Mapping[str, int]) -> None:
         """These requests compute so many tokens in this step, which was not planned by turns."""
@@ -191,15 +182,12 @@ class Shares:
         tenant's: salts have other uses too."""
         return cache_salt if cache_salt is not None and cache_salt in self._known else ""
 
-    def turns(
-        self, order: Order, present: Collection[str] = (), step_tokens: int = 0
-    ) -> Turns | None:
+    def turns(self, order: Order, present: Collection[str] = ()) -> Turns | None:
         """Those of the next step; None where nobody competes, so that the policy alone decides.
 
         Args:
             order: all unfinished requests.
             present: tenants that have requests or open prompts, computing or not.
-            step_tokens: the longest step while tenants compete.
         """
         tenants = order.tenants.keys() | present
         if len(tenants) < 2:
@@ -210,20 +198,23 @@ class Shares:
         served = {t: s - none for t, s in self._served.items() if s > none}
         for tenant in tenants:
             served.setdefault(tenant, 0.0)
-        flood = self._flood(order, tenants, step_tokens) if order.policy.restrained else None
+        flood = self._flood(order, served) if order.policy.restrained else None
         return Turns(order, served, self._weights, flood)
 
     def settle(self, turns: Turns) -> None:
         """The step was planned by these turns."""
         self._served = turns.served
 
-    def _flood(self, order: Order, tenants: Collection[str], step_tokens: int) -> Flood | None:
-        backlog = order.backlog_tokens
-        if not backlog:
+    def _flood(self, order: Order, served: Mapping[str, float]) -> str | None:
+        """A tenant of whom more waits than of all others together, and that has had much more than
+        any other. It waits for its own, so shorter steps take little from it; where all have much
+        to compute there is none."""
+        waiting = {tenant: tokens for tenant, (_, tokens) in order.backlog.items()}
+        if not waiting:
             return None
-        most = max(backlog, key=backlog.__getitem__)
-        rest = sum(tokens for tenant, tokens in backlog.items() if tenant != most)
-        if backlog[most] < max(FLOOD_TOKENS, rest):
+        most = max(waiting, key=waiting.__getitem__)
+        rest = sum(waiting.values()) - waiting[most]
+        if waiting[most] < max(FLOOD_TOKENS, rest) or order.backlog[most][0] < FLOOD_REQUESTS:
             return None
-        weight = {tenant: self._weights.get(tenant, 1.0) for tenant in tenants}
-        return Flood(most, int(step_tokens * weight[most] / sum(weight.values())))
+        others = max(tokens for tenant, tokens in served.items() if tenant != most)
+        return most if served[most] - others >= FLOOD_AHEAD * self._credit_tokens else None

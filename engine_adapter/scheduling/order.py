@@ -35,8 +35,9 @@ class Order:
         """What all partial requests together could compute now."""
         self.tenants: dict[str, int] = {}
         """Whose requests could compute something now, and how many."""
-        self.backlog_tokens: dict[str, int] = {}
-        """What the requests of these tenants could compute now."""
+        self.backlog: dict[str, tuple[int, int]] = {}
+        """By tenant: how many requests that are not decoding could compute something now, and how
+        many tokens."""
         self._entries: dict[str, Entry] = {}
         self._numbers = itertools.count()
         for view in views:
@@ -65,8 +66,7 @@ class Order:
         if view.remaining_tokens > 0:
             insort(self.ready, entry)
             self.tenants[view.tenant] = self.tenants.get(view.tenant, 0) + 1
-            backlog = self.backlog_tokens.get(view.tenant, 0)
-            self.backlog_tokens[view.tenant] = backlog + view.remaining_tokens
+            self._count(view, 1)
             if not view.full:
                 self.partial_tokens += view.remaining_tokens
         if view.held_blocks > 0:
@@ -82,14 +82,24 @@ class Order:
         if view.remaining_tokens > 0:
             del self.ready[bisect_left(self.ready, entry)]
             if self.tenants[view.tenant] == 1:
-                del self.tenants[view.tenant], self.backlog_tokens[view.tenant]
+                del self.tenants[view.tenant]
             else:
                 self.tenants[view.tenant] -= 1
-                self.backlog_tokens[view.tenant] -= view.remaining_tokens
+            self._count(view, -1)
             if not view.full:
                 self.partial_tokens -= view.remaining_tokens
         if view.held_blocks > 0:
             del self.holders[bisect_left(self.holders, entry)]
+
+    def _count(self, view: View, sign: int) -> None:
+        if view.decoding:
+            return
+        requests, tokens = self.backlog.get(view.tenant, (0, 0))
+        if requests + sign:
+            counted = requests + sign, tokens + sign * view.remaining_tokens
+            self.backlog[view.tenant] = counted
+        else:
+            del self.backlog[view.tenant]
 
     def views(self) -> list[View]:
         """All requests, in the order they came in."""

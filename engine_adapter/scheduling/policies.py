@@ -37,12 +37,6 @@ SPECULATIVE_SHARE = 0.05
 """`srpf`: the part of all that partial requests could compute which one step may hold."""
 
 
-COMPETING_STEP_TOKENS = 4096
-"""`srpf`: the longest step while several tenants are there. Whoever has had less waits for the step
-under way, which those who have had more may fill, and for its own. Half of that is too short for a
-busy engine: its own tenants, all at their share, then wait twice as long."""
-
-
 @dataclass(frozen=True, slots=True)
 class Policy:
     """An order, and whether a partial request may take memory for it."""
@@ -60,16 +54,6 @@ class Policy:
     full one that it does not finish than `unfinished_tokens`. A request whose input closes while
     a step is under way waits for its end, and for that of the next one, its own: what else is in
     the two is what its TTFT is made of."""
-
-    def budget_tokens(self, step_tokens: int, competing: bool) -> int:
-        """Tokens of a step.
-
-        Args:
-            step_tokens: what the engine can compute in one.
-            competing: several tenants have requests or open prompts.
-        """
-        short = self.restrained and competing
-        return min(step_tokens, COMPETING_STEP_TOKENS) if short else step_tokens
 
     def speculative_tokens(self, full_tokens: int, partial_tokens: int) -> int:
         """Tokens of a step that partial requests may have.

@@ -365,12 +365,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         partial = sum(
             prompt.request.status == RequestStatus.RUNNING for prompt in self.partial.values()
         )
-        policy = self._views.order.policy
-        budget_tokens = policy.budget_tokens(self._views.step_tokens, self._present.compete)
-        turns = self._shares.turns(self._views.order, self._present.tenants, budget_tokens)
+        turns = self._shares.turns(self._views.order, self._present.tenants)
         decided = plan(
             self._views.order,
-            budget_tokens=budget_tokens,
+            budget_tokens=self._views.step_tokens,
             free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             slots=self.max_num_active_reqs - (len(self.running) - partial),
             watermark_blocks=self.kv_cache_manager.watermark_blocks if self.running else 0,

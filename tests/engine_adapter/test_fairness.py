@@ -119,14 +119,19 @@ def test_rest_is_saved_up_to_a_bound(credit_tokens: int) -> None:
     assert all(step["a"] <= 40 and step["b"] >= 30 for step in done[-3:])
 
 
-def flooded(flood_tokens: int, *others: View, weight: float = 1.0) -> dict[str, int]:
+def flooded(flood_tokens: int, *others: View, alone_steps: int = 20) -> dict[str, int]:
     """Tokens by tenant in one step of 4,096, in which `a` has prompts of 500 tokens to compute and
-    some more tenants are there."""
+    some more tenants are there; it had some steps alone before."""
     flood = [view(f"a{n}", "a", 500) for n in range(flood_tokens // 500)]
-    order, shares = Order(POLICIES["srpf"], [*flood, *others]), Shares()
-    shares.weigh("a", weight)
-    turns = shares.turns(order, "abc", 4096)
-    grants = plan(order, budget_tokens=4096, free_blocks=9, slots=999, turns=turns).grants
+    order, shares = Order(POLICIES["srpf"], flood), Shares()
+    for n in range(alone_steps + 1):
+        if n == alone_steps:
+            for other in others:
+                order.put(other)
+        turns = shares.turns(order, "abc")
+        assert turns is not None
+        grants = plan(order, budget_tokens=4096, free_blocks=9, slots=999, turns=turns).grants
+        shares.settle(turns)
     served: dict[str, int] = {}
     for name, tokens in grants.items():
         served[name[0]] = served.get(name[0], 0) + tokens
@@ -139,8 +144,8 @@ def test_a_flood_only_fills_steps_up_while_other_tenants_are_there() -> None:
     assert flooded(20_000)["a"] > 3500, "what is soon done is no flood"
     beside = flooded(40_000, view("b", "b", 3000))
     assert beside["b"] == 3000
-    crowd = [view(f"b{n}", "b", 500) for n in range(100)]
-    assert flooded(40_000, *crowd)["b"] < 3500, "others have more: no flood"
+    assert beside.get("a", 0) <= FLOODED_STEP_TOKENS
+    assert flooded(40_000, alone_steps=3)["a"] > 3500, "it has not had much"
 
 
 def test_a_flood_gets_its_share_of_others_who_are_never_idle() -> None:
@@ -148,7 +153,7 @@ def test_a_flood_gets_its_share_of_others_who_are_never_idle() -> None:
     views |= {f"b{n}": view(f"b{n}", "b", 500) for n in range(80)}
     order, shares, got = Order(POLICIES["srpf"], views.values()), Shares(), {"a": 0, "b": 0}
     for _ in range(100):  # every request is endless
-        turns = shares.turns(order, "ab", 4096)
+        turns = shares.turns(order, "ab")
         assert turns is not None
         grants = plan(order, budget_tokens=4096, free_blocks=9, slots=999, turns=turns).grants
         shares.settle(turns)

@@ -259,7 +259,8 @@ def test_every_history_of_several_tenants_is_answered_exactly_and_leaves_no_bloc
 def test_tenants_whose_prompts_do_not_fit_together_are_all_answered(
     model_dir: Path, seed: int, tenants: int, blocks: int, host_blocks: int, flood_tokens: int
 ) -> None:
-    with patch.multiple(fairness, FLOOD_TOKENS=flood_tokens, FLOODED_STEP_TOKENS=6):
+    small = {"FLOOD_REQUESTS": 1, "FLOOD_AHEAD": 0.0, "FLOODED_STEP_TOKENS": 6}
+    with patch.multiple(fairness, FLOOD_TOKENS=flood_tokens, **small):
         answer_crowd(model_dir, seed, tenants, blocks, host_blocks)
 
 
