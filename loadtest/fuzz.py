@@ -90,7 +90,7 @@ def servers() -> Iterator[Fuzzed]:
 
 
 def fuzz(at: Fuzzed, count: int, number: int, told: Callable[[str], None]) -> Tally:
-    """Send about so many requests, and see what is left of them.
+    """Send so many requests, and see what is left of them.
 
     Args:
         number: the seed.
@@ -106,7 +106,7 @@ def fuzz(at: Fuzzed, count: int, number: int, told: Callable[[str], None]) -> Ta
             described, number)),
         ("NDJSON", lambda: _send(ndjson(MODEL), to_gateway.send, lines, number)),
         ("operations", lambda: _send(
-            cases, lambda case: to_engine.send(*case), count - described - lines, number)),
+            cases, lambda case: to_engine.send(*case), count - tally.sent, number)),
     ]  # fmt: skip
     for name, part in parts:
         before, begun_s = tally.sent, time.monotonic()
