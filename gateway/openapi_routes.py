@@ -208,7 +208,7 @@ def _passed(path: str, name: str, summary: str, asked: dict[str, Any], **more: A
     Args:
         asked: the schema of the field that it can't do without.
     """
-    properties = {"model": {"type": "string"}, "stream": {"type": "boolean"}} | asked
+    properties = {"model": {"type": ["string", "null"]}, "stream": {"type": "boolean"}} | asked
     errors: Sequence[type[GatewayError]] = more.pop("errors", ())
     return Operation(
         "post", path, name, summary, "OpenAI API",
