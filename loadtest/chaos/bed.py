@@ -28,7 +28,7 @@ from loadtest.chaos.links import Link
 MODEL = "simulated"
 KV_TOKENS = 60_000
 SPEED = 0.5
-LEASE_S, IDLE_S, KEEP_S, RESUME_S, HEARTBEAT_S = 20.0, 20.0, 10.0, 8.0, 2.0
+RESUME_S, HEARTBEAT_S = 8.0, 2.0
 POLL_TIMEOUT_S, DRAIN_S = 3.0, 3.0
 DISK_BYTES = 8 << 20
 START_S = 240.0
@@ -87,6 +87,9 @@ class Bed:
     redis: Node
     links: list[Link]
     folder: Path
+    lease_s: float
+    """Of what engines and Redis have; a stream is idle for so long and known half as long after its
+    end."""
     disk: Path | None
     """A small file system with the collections; None: it could not be mounted."""
 
@@ -167,18 +170,19 @@ def _env(folder: Path, name: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def bed(folder: Path, *, collections: bool = True) -> AsyncIterator[Bed]:
+async def bed(folder: Path, *, lease_s: float, collections: bool) -> AsyncIterator[Bed]:
     """Started, ready, and ended.
 
     Args:
         folder: for logs, clocks and collections.
+        lease_s: see `Bed`.
         collections: the second gateway has some, which it takes longer to start with.
     """
     # What is killed by the dozen has to start quickly.
     with Nursery(IMPORTED_FIRST, _env(folder, "nursery")) as nursery:
         make = _Maker(folder, nursery)
         disk = _mounted(folder / "disk") if collections else None
-        made = await _made(make, folder, disk, collections=collections)
+        made = await _made(make, folder, disk, lease_s, collections=collections)
         try:
             async with asyncio.TaskGroup() as starting:
                 for node in (*made.engines, made.redis):
@@ -195,7 +199,9 @@ async def bed(folder: Path, *, collections: bool = True) -> AsyncIterator[Bed]:
                 await asyncio.to_thread(subprocess.run, ["umount", str(disk)], check=False)
 
 
-async def _made(make: _Maker, folder: Path, disk: Path | None, *, collections: bool) -> Bed:
+async def _made(
+    make: _Maker, folder: Path, disk: Path | None, lease_s: float, *, collections: bool
+) -> Bed:
     """Everything, with links that listen; no process is started yet."""
     redis = make.node("redis", _redis(port := free_port()), port, ready="")
     engines = [make.node(f"engine-{i}", _engine(port := free_port()), port) for i in (1, 2)]
@@ -205,13 +211,13 @@ async def _made(make: _Maker, folder: Path, disk: Path | None, *, collections: b
         name, port, admin_port = f"gateway-{i}", free_port(), free_port()
         index = await make.link(f"{name} to redis", redis.server.port)
         among = await make.link(f"{name} among gateways", port)
-        line = _gateway(port, admin_port, urls, index, among)
+        line = _gateway(port, admin_port, urls, index, among, lease_s)
         if collections and i == 2:
             line += ["--collections", str(folder / "disk")]
         gateway = make.node(name, line, port, ready="/ready", admin_port=admin_port)
         gateway.front = await make.link(f"clients to {name}", port)
         gateways.append(gateway)
-    return Bed(gateways, engines, redis, make.links, folder, disk)
+    return Bed(gateways, engines, redis, make.links, folder, lease_s, disk)
 
 
 def _redis(port: int) -> list[str]:
@@ -226,7 +232,12 @@ def _engine(port: int) -> list[str]:
 
 
 def _gateway(
-    port: int, admin_port: int, engines: Sequence[str], index: Link, among: Link
+    port: int,
+    admin_port: int,
+    engines: Sequence[str],
+    index: Link,
+    among: Link,
+    lease_s: float,
 ) -> list[str]:
     line = [sys.executable, "-m", "gateway", "--port", str(port), "--admin-port", str(admin_port)]
     line += ["--tokenizer", str(model_dir()), "--advertise", among.url]
@@ -234,7 +245,7 @@ def _gateway(
     for url in engines:
         line += ["--engine", url]
     seconds = {
-        "lease": LEASE_S, "idle-timeout": IDLE_S, "keep-finished": KEEP_S, "resume": RESUME_S,
+        "lease": lease_s, "idle-timeout": lease_s, "keep-finished": lease_s / 2, "resume": RESUME_S,
         "heartbeat": HEARTBEAT_S, "poll-timeout": POLL_TIMEOUT_S, "drain-timeout": DRAIN_S,
     }  # fmt: skip
     for name, value in seconds.items():

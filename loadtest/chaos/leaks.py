@@ -12,11 +12,11 @@ import aiohttp
 import psutil
 from redis.asyncio import Redis
 
-from loadtest.chaos.bed import IDLE_S, KEEP_S, LEASE_S, Bed, Node
+from loadtest.chaos.bed import Bed, Node
 
-QUIET_WITHIN_S = IDLE_S + LEASE_S + 30.0
-"""Idle streams end, engines' leases run out, and idle connections are closed after 30 s."""
-FORGOTTEN_WITHIN_S = max(LEASE_S, KEEP_S) + 15.0
+CLOSED_S = 30.0
+"""Gateways close connections that are idle so long."""
+SPARE_S = 15.0
 SPARE_FILES, SPARE_TASKS = 4, 4
 """Connections for questions to engines, and the tasks of these very questions, come and go."""
 TRACEBACK = re.compile(r"^Traceback[^\n]*\n(?:[ \t][^\n]*\n)*([^\n]*)", re.MULTILINE)
@@ -69,7 +69,8 @@ async def settled(bed: Bed, before: Held) -> tuple[Held, float]:
     begun_s = time.monotonic()
     while True:
         now, took_s = await held(bed), time.monotonic() - begun_s
-        if not leaked(before, now) or took_s > QUIET_WITHIN_S:
+        # Idle streams end, then engines' leases run out.
+        if not leaked(before, now) or took_s > 2 * bed.lease_s + CLOSED_S:
             return now, took_s
         await asyncio.sleep(0.5)
 
@@ -106,7 +107,7 @@ async def keys_left(bed: Bed) -> tuple[list[str], float]:
         while True:
             keys: list[str] = await client.keys("*")  # type: ignore[assignment]
             took_s = time.monotonic() - begun_s
-            if not keys or took_s > FORGOTTEN_WITHIN_S:
+            if not keys or took_s > bed.lease_s + SPARE_S:
                 return sorted(keys), took_s
             await asyncio.sleep(0.5)
 

@@ -36,6 +36,8 @@ class Plan:
     within_s: float
     """Streams and faults begin in this time."""
     collections: bool
+    lease_s: float = 20.0
+    """See `Bed`; it decides how long the end of a run takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ async def run(plan: Plan, folder: Path, say: Callable[[str], None]) -> Result:
         say: told each fault, and how it goes on.
     """
     tokens = await asyncio.to_thread(Tokens, str(model_dir()))
-    async with bed(folder, collections=plan.collections) as made:
+    async with bed(folder, lease_s=plan.lease_s, collections=plan.collections) as made:
         await asyncio.sleep(SETTLE_S)
         before, begun_s = await leaks.held(made), time.monotonic()
         clients, store = histories(plan.seed, plan.streams), Store()

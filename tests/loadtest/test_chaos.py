@@ -108,6 +108,7 @@ def a_bed(tmp_path: Path) -> Bed:
         redis=node("redis"),
         links=[Link("to engine-1", 1), Link("clients to gateway-1", 2)],
         folder=tmp_path,
+        lease_s=20.0,
         disk=tmp_path,
     )
 
@@ -211,8 +212,9 @@ def test_what_is_held_too_long_is_named() -> None:
 @pytest.mark.engine
 async def test_a_short_run_breaks_no_promise_and_leaves_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    plan = Plan(seed=1, streams=20, faults=8, within_s=10.0, collections=False)
+    plan = Plan(seed=1, streams=20, faults=8, within_s=10.0, collections=False, lease_s=4.0)
     result = await run(plan, tmp_path, said.append)
+    said += [f"stream {h.number} gave up: {h.gave_up}" for h in result.histories if h.gave_up]
     told = "\n".join(said)
     assert not result.hung, told
     assert not result.broken, told
@@ -220,4 +222,4 @@ async def test_a_short_run_breaks_no_promise_and_leaves_nothing(tmp_path: Path) 
     assert not result.exceptions, told
     assert len(result.faults) == 8
     answered, wanted = result.answered(again=True)
-    assert answered >= 0.8 * wanted > 0, told
+    assert answered >= wanted / 2 > 0, told
