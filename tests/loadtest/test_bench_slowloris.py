@@ -60,4 +60,3 @@ def test_honest_streams_are_unharmed() -> None:
     assert among["connections"] >= 285
     assert among["errors"] == alone["errors"] == {}
     assert among["streams"] == alone["streams"] > 10
-    assert among["ttft_ms"][0] < alone["ttft_ms"][0] + 200
