@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
+from engine_adapter.batching import Batching
 from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable, WithoutPlugin
 from engine_adapter.messages import (
     PREFIX,
+    Answered,
+    Answers,
+    Batch,
     Blocks,
     EngineInfo,
     Event,
@@ -21,6 +25,7 @@ from engine_adapter.messages import (
     Invalidate,
     Message,
     Open,
+    Operation,
     Progress,
     PromptTokens,
     SetPolicy,
@@ -52,11 +57,15 @@ class EngineClient:
         self.url = url.rstrip("/")
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=5.0)
+        self._batching = Batching(self._alone, self._together)
+        self._takes_batches = False
 
     async def info(self, *, timeout_s: float = 5.0) -> EngineInfo:
         """What the engine is and how busy it is."""
         limits = aiohttp.ClientTimeout(total=timeout_s, connect=min(timeout_s, 2.0))
-        return await self._ask(EngineInfo, "GET", "/info", limits=limits)
+        info = await self._ask(EngineInfo, "GET", "/info", limits=limits)
+        self._takes_batches = "batch" in info.operations
+        return info
 
     async def set_policy(self, policy: str) -> EngineInfo:
         """Order requests by another policy from the next step on."""
@@ -64,11 +73,11 @@ class EngineClient:
 
     async def open(self, prompt_id: str, op: Open) -> Progress:
         """Begin an incremental prefill."""
-        return await self._ask(Progress, "POST", f"/prompts/{prompt_id}", op)
+        return await self._carry(Operation(prompt_id=prompt_id, open=op))
 
     async def extend(self, prompt_id: str, op: Extend) -> Progress:
         """Apply the next version, also after `finish` while the answer has no token."""
-        return await self._ask(Progress, "POST", f"/prompts/{prompt_id}/extend", op)
+        return await self._carry(Operation(prompt_id=prompt_id, extend=op))
 
     async def invalidate(self, prompt_id: str, op: Invalidate) -> Progress:
         """Cut the prompt and give back the KV behind the cut."""
@@ -91,7 +100,8 @@ class EngineClient:
         return await self._ask(Progress, "DELETE", f"/prompts/{prompt_id}")
 
     async def close(self) -> None:
-        """Nothing runs here."""
+        """Break off the operations that are under way together."""
+        await self._batching.close()
 
     @asynccontextmanager
     async def finish(self, prompt_id: str, op: Finish) -> AsyncIterator[AsyncIterator[Event]]:
@@ -123,6 +133,19 @@ class EngineClient:
         async with translated():
             async for line in response.content:
                 yield decode_event(line)
+
+    async def _carry(self, operation: Operation) -> Progress:
+        ask = self._batching.ask if self._takes_batches else self._alone
+        return await ask(operation)
+
+    async def _alone(self, operation: Operation) -> Progress:
+        path = f"/prompts/{operation.prompt_id}"
+        if operation.extend is not None:
+            return await self._ask(Progress, "POST", path + "/extend", operation.extend)
+        return await self._ask(Progress, "POST", path, operation.open)
+
+    async def _together(self, batch: Batch) -> list[Answered]:
+        return (await self._ask(Answers, "POST", "/operations", batch)).answers
 
     async def _ask(
         self,

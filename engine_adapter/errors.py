@@ -31,6 +31,9 @@ class EngineError(Exception):
         self.message = message
         self.details = details
         """What a program needs to react, e.g. `expected_version`. JSON values only."""
+        self.told = False
+        """Another operation that shared the request has failed with the same: one failure of the
+        engine, not two."""
 
     def to_json(self) -> dict[str, Any]:
         return {"message": self.message, "code": self.code, **self.details}

@@ -8,6 +8,7 @@ An engine serves them over HTTP under `PREFIX`:
 
     GET     /stream2llm/info                                -> EngineInfo
     GET     /stream2llm/blocks                              -> Blocks
+    POST    /stream2llm/operations                          Batch      -> Answers
     POST    /stream2llm/prompts/{prompt_id}                 Open       -> Progress
     POST    /stream2llm/prompts/{prompt_id}/extend          Extend     -> Progress
     POST    /stream2llm/prompts/{prompt_id}/invalidate      Invalidate -> Progress
@@ -82,6 +83,20 @@ class Extend(Message, frozen=True):
     tokens: list[int]
 
 
+class Operation(Message, frozen=True):
+    """One of many: an `open` or an `extend`, the other one is None."""
+
+    prompt_id: str
+    open: Open | None = None
+    extend: Extend | None = None
+
+
+class Batch(Message, frozen=True):
+    """Operations of different prompts, each carried out and answered as if it came alone."""
+
+    operations: list[Operation]
+
+
 class Invalidate(Message, frozen=True):
     """Keep the first `keep` tokens, at least one, and give back the KV of those behind.
 
@@ -150,6 +165,20 @@ class Progress(Message, frozen=True):
     """Tokens whose computed KV this operation gave back."""
     freed_blocks: int = 0
     """KV blocks this operation gave back; 0 also from an engine that does not count them."""
+
+
+class Answered(Message, frozen=True):
+    """The answer to one operation of a batch: where the prompt stands, or else an error with the
+    fields of `EngineError.to_json`."""
+
+    progress: Progress | None = None
+    error: dict[str, Any] = {}
+
+
+class Answers(Message, frozen=True):
+    """The answers to a batch, in its order, when the last one is there."""
+
+    answers: list[Answered]
 
 
 class PromptTokens(Message, frozen=True):

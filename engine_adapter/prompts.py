@@ -17,12 +17,16 @@ from engine_adapter.answers import Answer
 from engine_adapter.errors import BadOperation, EngineError
 from engine_adapter.messages import (
     PROTOCOL_VERSION,
+    Answered,
+    Answers,
+    Batch,
     Blocks,
     DoneEvent,
     EngineInfo,
     Event,
     Finish,
     KvEvents,
+    Operation,
     Progress,
     Sampling,
     SetPolicy,
@@ -33,7 +37,7 @@ from engine_adapter.sessions import Core, Limits, Session, Sessions, Status
 
 OPERATIONS = [
     *("open", "extend", "invalidate", "finish", "abort", "status", "tokens"),
-    *("info", "policy", "blocks"),
+    *("info", "policy", "blocks", "batch"),
 ]
 
 logger = logging.getLogger("vllm.stream2llm")
@@ -175,6 +179,21 @@ class StreamingPrompts(Generic[P]):
             raise BadOperation(str(e)) from e
         await self.engine.set_policy(op.policy)
         return await self.info()
+
+    async def batch(self, batch: Batch) -> Answers:
+        """Carry out operations side by side; none fails another."""
+        return Answers(answers=await asyncio.gather(*map(self._one_of_many, batch.operations)))
+
+    async def _one_of_many(self, operation: Operation) -> Answered:
+        prompt_id = operation.prompt_id
+        try:
+            if operation.open is not None:
+                return Answered(progress=await self.sessions.open(prompt_id, operation.open))
+            if operation.extend is not None:
+                return Answered(progress=await self.sessions.extend(prompt_id, operation.extend))
+            raise BadOperation("an operation of a batch is `open` or `extend`")
+        except EngineError as e:
+            return Answered(error=e.to_json())
 
     def finish(self, prompt_id: str, op: Finish) -> AsyncGenerator[bytes, None]:
         """As `answer`, in lines of JSON."""

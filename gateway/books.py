@@ -41,6 +41,11 @@ class Books:
         """Whether other replicas can go on with the stream."""
         return self._keeper is not None
 
+    @property
+    def heard_of_s(self) -> float:
+        """When the index last heard of the stream; infinite if it is not to hear of it."""
+        return float("inf") if self._keeper is None else self.ledger.heard_of_s
+
     async def write(self, *, renew: bool) -> None:
         """Bring the record to what the stream is now.
 

@@ -116,8 +116,10 @@ class Keeper:
             wanted = now()
             if wanted == ledger.written and not renew:
                 return
+            begun_s = time.monotonic()
             try:
                 await self._write(stream_id, ledger, wanted)
+                ledger.heard_of_s = begun_s
             except BaseException as e:
                 ledger.version += 1  # nobody knows whether it was written
                 ledger.written = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
@@ -109,6 +110,8 @@ class Line:
         self.confirmed = 0
         """Tokens at the front of the prompt that the engine has for certain, and keeps with every
         operation that is under way or still to be sent."""
+        self.heard_of_s = -float("inf")
+        """When the last operation that the engine answered was sent."""
         self._stream_id = stream_id
         self._placer = placer
         self._lease_s = lease_s
@@ -229,13 +232,13 @@ class Line:
 
     async def _send(self, wanted: list[int]) -> None:
         """One operation."""
-        client = self._client
+        client, sent_s = self._client, time.monotonic()
         if self._sent is None:
             self._sent, self._version, self._common = wanted, 0, len(wanted)
             self._metrics.operations.labels("open").inc()
             salt, weight = self.tenant.cache_salt, self.tenant.weight
             op = Open(tokens=wanted, cache_salt=salt, weight=weight, lease_s=self._lease_s)
-            self._note(await client.open(self.prompt_id, op))
+            self._note(await client.open(self.prompt_id, op), sent_s)
             return
         keep, tokens = difference(self._sent, wanted)
         if keep == len(self._sent) and not tokens:
@@ -243,7 +246,7 @@ class Line:
         self._sent, self._version, self._common = wanted, self._version + 1, len(wanted)
         self._metrics.operations.labels("extend").inc()
         extend = Extend(version=self._version, keep=keep, tokens=tokens)
-        self._note(await client.extend(self.prompt_id, extend))
+        self._note(await client.extend(self.prompt_id, extend), sent_s)
 
     async def _finish(
         self, wanted: list[int], how: Callable[[Engine], Asked]
@@ -272,9 +275,9 @@ class Line:
                     return
         raise EngineUnavailable("the engine ended the answer without completing it")
 
-    def _note(self, progress: Progress) -> None:
+    def _note(self, progress: Progress, sent_s: float) -> None:
         """An operation was answered: what it carried is there."""
-        self.progress = progress
+        self.progress, self.heard_of_s = progress, sent_s
         self.confirmed = self._common
 
     # When it is not as it should be.
@@ -329,10 +332,11 @@ class Line:
         """
         if self._sent is None or self._bringing.locked():
             return True  # an operation under way says as much
-        prompt_id = self.prompt_id
+        prompt_id, sent_s = self.prompt_id, time.monotonic()
         try:
             async with asyncio.timeout(LOOK_S):
                 self.progress = await self._client.status(prompt_id)
+                self.heard_of_s = sent_s
         except TimeoutError as e:
             raise EngineUnavailable("the engine does not say where the prompt stands") from e
         except UnknownPrompt:

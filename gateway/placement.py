@@ -118,14 +118,12 @@ class Engines:
             EngineFailed: no engine is left.
             ModelNotFound
         """
-        fit = [engine for engine in self.serving(model) if engine not in avoid]
-        if not fit:
-            raise EngineFailed("the engine of this stream died, and there is no other")
+        fit = self._fit(model, avoid)
         fit = [engine for engine in fit if self.pool.has_room(engine)] or fit
         held: Mapping[str, int] = {}
         if self.policy == "prefix" and len(fit) > 1:
             held = await self._prefixes.held(fit, tokens, salt)
-            fit = [engine for engine in fit if engine.takes]  # time has passed
+            fit = [engine for engine in fit if engine.serves(model)]  # time has passed
             if not fit:
                 raise EngineFailed("no engine can be reached")
             fit = [engine for engine in fit if self.pool.has_room(engine)] or fit
@@ -138,6 +136,19 @@ class Engines:
         if held:
             self._prefixes.sent(engine, tokens, salt)
         return engine, Decision(self.policy, engine.url, len(tokens), scores)
+
+    def _fit(self, model: str, avoid: set[Engine]) -> list[Engine]:
+        """Those that a stream may go to, one or more. Where there are no others it stays with one
+        that failed it, as long as that answers when it is asked how it does.
+
+        Raises:
+            EngineFailed, ModelNotFound
+        """
+        answering = [engine for engine in self._with(model) if not engine.draining]
+        fit = [engine for engine in answering if engine.takes and engine not in avoid]
+        if not (fit or answering):
+            raise EngineFailed("the engine of this stream is gone, and there is no other")
+        return fit or answering
 
     def any(self, among: Sequence[Engine], alive: Callable[[str], int]) -> Engine:
         """The engine with the least to do, for a request that is passed through.

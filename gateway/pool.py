@@ -24,6 +24,7 @@ from engine_adapter.operations import Decoding
 from engine_adapter.plain_client import PlainClient
 from gateway.engines import AnyEngine, DecodeEngine, Engine, Member, Role
 from gateway.errors import EngineFailed, EngineThere, NoSuchEngine
+from gateway.pulse import Pulse
 from gateway.settings import Settings
 from gateway.tasks import again_and_again, begin
 from gateway.telemetry import Metrics
@@ -37,6 +38,8 @@ FIRST_ANSWERS_S = 2.0
 """How long the gateway waits for its engines before it listens; then it goes on waiting."""
 PROGRESS_S = 5.0
 """How often the log says which engines have not answered yet."""
+LATE_S = 10.0
+"""An operation that failed in time may have failed because this process stood still so long ago."""
 CUT_S = 5.0
 """How long streams that were told to leave may take."""
 
@@ -73,6 +76,7 @@ class Pool:
         """
         self._session = session
         self._settings = settings
+        self._pulse = Pulse()
         self._decoding = decoding
         self._callbacks: Callbacks
         self._metrics = metrics
@@ -91,6 +95,7 @@ class Pool:
         """Ask every engine, and keep asking. Those that have not answered soon are waited for in
         the background."""
         self._callbacks = callbacks
+        self._pulse.start()
         first = [self._watch(engine) for engine in self.members]
         if first:
             await asyncio.wait(first, timeout=FIRST_ANSWERS_S)
@@ -98,6 +103,7 @@ class Pool:
 
     async def stop(self) -> None:
         """End the tasks."""
+        self._pulse.stop()
         tasks = [*self._watching.values(), *self._draining.values()]
         if self._reporting is not None:
             tasks.append(self._reporting)
@@ -289,10 +295,12 @@ class Pool:
 
     async def check(self, engine: AnyEngine) -> None:
         """Ask an engine for its info and act on what changed."""
-        before = engine.info
+        before, begun_s = engine.info, time.monotonic()
         try:
             info = await self._info(engine)
         except EngineError as e:
+            if self._says_nothing(e, begun_s):
+                return  # it is asked again soon
             engine.info = None
             _log_trouble(engine, e)
         else:
@@ -322,7 +330,7 @@ class Pool:
         now_s, before = time.monotonic(), engine.health
         if error is None:
             engine.health = before.worked(now_s)
-        else:
+        elif not error.told and not self._says_nothing(error, now_s - LATE_S):
             after = self._settings.eject_after
             engine.health = before.failed(now_s, after, random.random())
         if engine.health.state == before.state:
@@ -334,6 +342,11 @@ class Pool:
             if self._has_other(engine):
                 self._callbacks.left(engine, False)
         self._show(engine)
+
+    def _says_nothing(self, error: EngineError, since_s: float) -> bool:
+        """Whether an answer was perhaps there in time, and only not read, since this process had
+        to wait for the machine."""
+        return isinstance(error.__cause__, TimeoutError) and self._pulse.was_late(since_s)
 
     def _has_other(self, engine: AnyEngine) -> bool:
         """Whether its streams could go on elsewhere: if not, they are best off where they are."""

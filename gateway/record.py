@@ -92,6 +92,8 @@ class Ledger:
     version: int = -1
     written: Kept | None = None
     """None: nothing, or nobody knows."""
+    heard_of_s: float = -float("inf")
+    """When the last write that reached the index was begun."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One write after the other."""
 

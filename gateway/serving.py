@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 
 from aiohttp import web
 
+from gateway import garbage
 from gateway.connections import listen
 from gateway.keys import KEEPER, LIFECYCLE, METRICS, RELOADER, SETTINGS, STREAMS
 from gateway.routes_admin import admin
@@ -42,6 +43,7 @@ async def serve(app: web.Application) -> None:
             print(f"admin routes on http://{settings.admin_host}:{settings.admin_port}", flush=True)
         loop.add_signal_handler(signal.SIGTERM, _drain, app, loop, ended)
         loop.add_signal_handler(signal.SIGHUP, _reload, app)
+        garbage.make_rare()
         print(f"gateway on http://{settings.host}:{settings.port}", flush=True)
         await ended.wait()
         if app[LIFECYCLE].draining:

@@ -137,6 +137,12 @@ class Stream:
     def _unasked(self) -> Answering:
         return Answering(self._metrics, self._crowd, self.begun_s)
 
+    @property
+    def heard_of_s(self) -> float:
+        """When its engine, and the index if that has it, last heard of it, which renews its leases
+        there."""
+        return min(self.line.heard_of_s, self.books.heard_of_s)
+
     async def begin(self) -> None:
         """Make the stream known to the other replicas and begin to read.
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S = 0.5
 AT_ONCE = 64
-"""Records that are written side by side."""
+"""Records that are written side by side, and engines' prompts that are looked at."""
 
 
 class Streams:
@@ -54,7 +54,7 @@ class Streams:
         self._crowds: dict[str, Crowd] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
-        self._renewing = asyncio.Semaphore(AT_ONCE)
+        self._renewing, self._looking = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
         metrics.live.count = lambda: Counter(s.state for s in self._streams.values())
 
     def use(self, settings: Settings) -> None:
@@ -176,7 +176,7 @@ class Streams:
             options=options,
             lease_s=self._settings.lease_s,
             placer=placer,
-            keeper=self._keeper if kept else None,
+            keeper=self._keeper if kept and self._settings.index is not None else None,
             rule=self._rule(),
             metrics=self._metrics,
             crowd=self._crowd(model),
@@ -289,9 +289,9 @@ class Streams:
                     self._forget(stream)
             elif now_s - stream.begun_s > life_s or (stream.state == "open" and silent_s > idle_s):
                 work.append(self._expire(stream))
-            elif now_s - stream.renewed_s > self._settings.lease_s / 3:
+            elif now_s - max(stream.heard_of_s, stream.renewed_s) > self._settings.lease_s / 3:
                 stream.renewed_s = now_s
-                work += [self._renew(stream), stream.look()]
+                work += [self._renew(stream), self._look(stream)]
         return work
 
     async def _expire(self, stream: Stream) -> None:
@@ -302,6 +302,10 @@ class Streams:
         async with self._renewing:
             with suppress(Moved):
                 await stream.keep(renew=True)
+
+    async def _look(self, stream: Stream) -> None:
+        async with self._looking:
+            await stream.look()
 
 
 def _batches(streams: list[Stream]) -> Iterator[list[Stream]]:

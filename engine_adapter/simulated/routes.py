@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import (
     PREFIX,
+    Batch,
     Extend,
     Finish,
     Invalidate,
@@ -72,6 +73,10 @@ async def _policy(request: web.Request) -> web.Response:
     return _message(await request.app[PROMPTS].set_policy(op))
 
 
+async def _batch(request: web.Request) -> web.Response:
+    return _message(await request.app[PROMPTS].batch(decode(Batch, await request.read())))
+
+
 async def _open(request: web.Request) -> web.Response:
     op = decode(Open, await request.read())
     return _message(await request.app[PROMPTS].sessions.open(request.match_info["id"], op))
@@ -111,6 +116,7 @@ routes = [
     web.get(PREFIX + "/info", _info),
     web.get(PREFIX + "/blocks", _blocks),
     web.put(PREFIX + "/policy", _policy),
+    web.post(PREFIX + "/operations", _batch),
     web.post(PROMPT, _open),
     web.post(PROMPT + "/extend", _extend),
     web.post(PROMPT + "/invalidate", _invalidate),

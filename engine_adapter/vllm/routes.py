@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from engine_adapter.errors import EngineError
 from engine_adapter.messages import (
     PREFIX,
+    Batch,
     Extend,
     Finish,
     Invalidate,
@@ -115,6 +116,11 @@ async def blocks(request: Request) -> Response:
 @router.put("/policy")
 async def set_policy(request: Request) -> Response:
     return _json(await _prompts(request).set_policy(decode(SetPolicy, await request.body())))
+
+
+@router.post("/operations")
+async def batch(request: Request) -> Response:
+    return _json(await _prompts(request).batch(decode(Batch, await request.body())))
 
 
 @router.post("/prompts/{prompt_id}")

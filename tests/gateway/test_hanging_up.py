@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from gateway.keeper import Keeper
+from gateway.books import Books
 from gateway.keys import LIFECYCLE, STREAMS
 from gateway.prompt import PromptBuilder
-from gateway.record import Kept
 from tests.conftest import until
 from tests.fake_engine import MODEL, FakeCore
 from tests.gateway.pools import QUESTION, Front, front
@@ -81,15 +80,14 @@ async def calling(model_dir: Path) -> AsyncIterator[Caller]:
 async def test_while_the_index_is_told_that_the_input_is_closed(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = Keeper.keep
+    told = Books.write
 
-    async def slow(self: Keeper, *args: Any, renew: bool) -> None:
-        now: Callable[[], Kept] = args[2]
-        if now().state == "finishing" and not renew:
+    async def slow(self: Books, *, renew: bool) -> None:
+        if self.now().state == "finishing" and not renew:
             await asyncio.sleep(LONG_S)
-        await told(self, *args, renew=renew)
+        await told(self, renew=renew)
 
-    monkeypatch.setattr(Keeper, "keep", slow)
+    monkeypatch.setattr(Books, "write", slow)
     async with calling(model_dir) as client:
         await client.hangs_up(lambda: client.core.answering == 1)
         await client.freed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import pytest_asyncio
 
 from gateway import resuming
 from gateway.answers import Chunks, Whole
+from gateway.books import Books
 from gateway.errors import EngineFailed
-from gateway.keys import KEEPER
-from gateway.record import Kept, Ledger
 from gateway.requests import Options
 from gateway.stream import Stream
 from tests.conftest import until
@@ -141,17 +140,17 @@ async def cut_off_while_it_is_written(
     at: Gateway, http: httpx.AsyncClient, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finish, and hang up when the input is closed, but the index has not heard of it yet."""
-    keeper, writing, go_on = at.app[KEEPER], asyncio.Event(), asyncio.Event()
-    keep = keeper.keep
+    writing, go_on = asyncio.Event(), asyncio.Event()
+    write = Books.write
 
-    async def slow(stream_id: str, ledger: Ledger, now: Callable[[], Kept], *, renew: bool) -> None:
-        if now().state == "finishing":
+    async def slow(books: Books, *, renew: bool) -> None:
+        if books.now().state == "finishing":
             writing.set()
             await go_on.wait()
-        await keep(stream_id, ledger, now, renew=renew)
+        await write(books, renew=renew)
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeper, "keep", slow)
+        patch.setattr(Books, "write", slow)
         first = asyncio.create_task(http.post(path + "/finish", headers=KEY))
         await writing.wait()
         first.cancel()
