@@ -129,6 +129,7 @@ async def _running(app: web.Application, read_again: Callable[[], Settings]) -> 
             settings.replica,
             guard=guard,
             lease_s=max(settings.lease_s, settings.keep_finished_s),
+            shared=settings.index is not None,
             metrics=metrics,
         )
         prefixes = Prefixes(index, guard)

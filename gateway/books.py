@@ -26,6 +26,7 @@ class Books:
         self.ledger = Ledger()
         self._of = ref(stream)
         self._keeper = keeper
+        self._shared = keeper is not None and keeper.shared
         self._rewrites = 0
         self._chain: BlockChain | None = None
         self._digested = (0, 0, digest([]))  # of so many tokens, after so many rewrites
@@ -39,15 +40,21 @@ class Books:
     @property
     def kept(self) -> bool:
         """Whether other replicas can go on with the stream."""
+        return self._shared
+
+    @property
+    def keeps_end(self) -> bool:
+        """Whether it is known for a while how the stream has ended."""
         return self._keeper is not None
 
     @property
     def heard_of_s(self) -> float:
         """When the index last heard of the stream; infinite if it is not to hear of it."""
-        return float("inf") if self._keeper is None else self.ledger.heard_of_s
+        return self.ledger.heard_of_s if self._shared else float("inf")
 
     async def write(self, *, renew: bool) -> None:
-        """Bring the record to what the stream is now.
+        """Bring the record to what the stream is now. Where no other replica could read it, only
+        its end is written.
 
         Args:
             renew: its lease too, when there is nothing new.
@@ -55,7 +62,7 @@ class Books:
         Raises:
             Moved: another replica has taken the stream over.
         """
-        if self._keeper is not None:
+        if self._keeper is not None and (self._shared or self._stream.ended):
             await self._keeper.keep(self._stream.id, self.ledger, self.now, renew=renew)
 
     async def release(self) -> None:

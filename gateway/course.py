@@ -136,7 +136,7 @@ class Course:
         """An engine is gone, with all that it had. Without the line's engine an answer can't begin
         at the decode engine either: it has the KV."""
         if engine is self._line.engine:
-            self._leave()
+            self._line.leave()
         elif engine is not self._decoder:
             return
         self._lost = True
@@ -230,13 +230,8 @@ class Course:
             if self._decoder is not None:
                 self._failed.add(self._decoder)
             else:
-                self._leave()
+                self._line.leave()
         self._decoder = None
-
-    def _leave(self) -> None:
-        """Go to another engine with whatever comes next."""
-        self._forget()
-        self._line.leave()
 
     def _forget(self) -> None:
         """Have the line's engine, should it live, give up what it has of the prompt."""

@@ -54,14 +54,16 @@ class Keeper:
         *,
         guard: Guard,
         lease_s: float,
+        shared: bool,
         metrics: Metrics,
     ) -> None:
         """
         Args:
             replica: URL under which other replicas reach this one.
             lease_s: how long a record stays without a write.
+            shared: other replicas read the index.
         """
-        self.replica = replica
+        self.replica, self.shared = replica, shared
         self._index = index
         self._guard = guard
         self._lease_s = lease_s

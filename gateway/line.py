@@ -93,10 +93,12 @@ class Line:
         lease_s: float,
         tenant: Tenant,
         contested: Callable[[], Awaitable[None]],
+        free: Callable[[Engine, str], None],
         metrics: Metrics,
     ) -> None:
         """
         Args:
+            free: has an engine forget a prompt, behind everybody's back.
             contested: called when somebody else seems to change the prompt; raises if that one
                 has the right to.
         """
@@ -116,6 +118,7 @@ class Line:
         self._placer = placer
         self._lease_s = lease_s
         self._contested = contested
+        self._free = free
         self._metrics = metrics
         self._avoid: set[Engine] = set()
         self._full: EngineOverloaded | None = None  # said by one of these
@@ -141,11 +144,18 @@ class Line:
             self.engine, self.left = None, self.engine
         self._forget()
 
+    def give_up(self) -> None:
+        """Begin again with whatever comes next. An engine that only stood still would keep what it
+        has of the prompt until the lease ends, so it is told to forget that."""
+        if self.engine is not None and self.is_open:
+            self._free(self.engine, self.prompt_id)
+        self.disconnect()
+
     def leave(self) -> None:
         """Its engine is gone: go to another one with whatever comes next."""
         if self.engine is not None:
             self._avoid.add(self.engine)
-        self.disconnect()
+        self.give_up()
 
     def begin_anew(self) -> None:
         """Take an id that no engine has heard of, before the first operation."""

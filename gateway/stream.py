@@ -95,7 +95,7 @@ class Stream:
         self.options = options
         self.line = Line(
             stream_id, placer, lease_s=lease_s, tenant=self.tenant,
-            contested=_still(self._contested), metrics=metrics,
+            contested=_still(self._contested), free=_still_there(self._free), metrics=metrics,
         )  # fmt: skip
         self.books = Books(self, keeper)
         self.taken: list[Taken] = []
@@ -480,7 +480,7 @@ class Stream:
         self._answering.stop_waiting()
         ending_of(self, self._answering).told(self._metrics)
         self._chores.stop(others=True)
-        if self.books.kept and state != "moved":
+        if self.books.keeps_end and state != "moved":
             self._chores.say(self._keep_if_ours())
         self._ended(self)
 
@@ -492,7 +492,7 @@ class Stream:
             self.course.engine_lost(engine)
         elif not self.ended and self.line.engine is engine:
             self._chores.stop()
-            self.line.disconnect()
+            self.line.give_up()
             self._start()
 
     def _start(self) -> None:
@@ -567,5 +567,18 @@ def _still(method: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None
     async def call() -> None:
         if (bound := found()) is not None:
             await bound()
+
+    return call
+
+
+def _still_there(
+    method: Callable[[Engine | None, str], None],
+) -> Callable[[Engine | None, str], None]:
+    """As `_still`."""
+    found = WeakMethod(method)
+
+    def call(engine: Engine | None, prompt_id: str) -> None:
+        if (bound := found()) is not None:
+            bound(engine, prompt_id)
 
     return call

@@ -17,7 +17,7 @@ from gateway.engines import AnyEngine
 from gateway.errors import GatewayError, Overloaded
 from gateway.handoff import Rule
 from gateway.keeper import Keeper, Moved
-from gateway.line import Placer, abort
+from gateway.line import Placer
 from gateway.logs import bind
 from gateway.prompt import Prompt
 from gateway.record import Found, Ledger
@@ -176,7 +176,7 @@ class Streams:
             options=options,
             lease_s=self._settings.lease_s,
             placer=placer,
-            keeper=self._keeper if kept and self._settings.index is not None else None,
+            keeper=self._keeper if kept else None,
             rule=self._rule(),
             metrics=self._metrics,
             crowd=self._crowd(model),
@@ -239,12 +239,10 @@ class Streams:
             stream.engine_lost(engine)
 
     def leave(self, engine: AnyEngine, answered_too: bool) -> None:
-        """Streams of an engine that is to get no more go on elsewhere, as if it were gone, and free
-        its memory, if it is still there. Those whose input is closed stay, or have to go too."""
+        """Streams of an engine that is to get no more go on elsewhere, as if it were gone. Those
+        whose input is closed stay, or have to go too."""
         for stream in list(self._streams.values()):
             if answered_too or stream.state == "open":
-                if stream.line.engine is engine:
-                    self._look_after(abort(stream.line.engine, stream.line.prompt_id))
                 stream.engine_lost(engine)
 
     async def keep_again(self) -> None:

@@ -322,7 +322,8 @@ async def idle_after(bed: Bed, since_s: float) -> float:
                     return waited_s
             await asyncio.sleep(0.05)
         for server in busy:
-            print(f"  still busy: {server.url}: {await told(http, server)}", flush=True)
+            info = await http.get(server.url + "/stream2llm/info")
+            print(f"  still busy: {server.url}: {await told(http, server)} {info.text}", flush=True)
     return -1.0
 
 

@@ -89,8 +89,14 @@ async def test_open_streams_leave_an_engine_that_says_nothing(model_dir: Path) -
                     whole = await stream.finish()
                     assert whole["choices"][0]["message"]["content"] == "answer"
             assert len(f.engines[1].fake.finished) == 4
+            assert stuck.fake.core.tokens
             stuck.runs.set()
         await f.standing(stuck, "healthy")
+
+        async def forgotten() -> bool:
+            return not stuck.fake.core.tokens
+
+        await until(forgotten, within_s=5)
 
 
 async def test_streams_beyond_what_engines_may_have_are_refused_and_those_let_in_are_not(
