@@ -61,6 +61,14 @@ class Batching:
         finally:
             del answer  # its error knows this frame: a circle, which would keep the stream
 
+    async def hurry(self, prompt_id: str) -> None:
+        """Send what waits, if an operation of this prompt does, before anything that follows."""
+        if any(operation.prompt_id == prompt_id for operation, _ in self._waiting):
+            assert self._timer is not None
+            self._timer.cancel()
+            self._send()
+            await asyncio.sleep(0)  # its request begins now
+
     async def close(self) -> None:
         """Break off what is under way."""
         if self._timer is not None:

@@ -109,6 +109,7 @@ class EngineClient:
 
         Until the first token `extend` and `invalidate` may still change what is answered.
         """
+        await self._batching.hurry(prompt_id)  # finish comes after the operations before it
         path = f"{PREFIX}/prompts/{prompt_id}/finish"
         timeout = aiohttp.ClientTimeout(total=None, connect=5.0)
         async with (

@@ -171,8 +171,9 @@ class Course:
             queued_tokens=queued(engine, self._prompt_tokens),
         )
         decision = decide(self._rule, now)
-        decoded = "elsewhere" if decision.decided else "here"
-        self._metrics.handoffs.labels(decoded, decision.reason).inc()
+        if decision != self.handoff:  # otherwise the engine is asked again
+            decoded = "elsewhere" if decision.decided else "here"
+            self._metrics.handoffs.labels(decoded, decision.reason).inc()
         return decision
 
     async def _hand_over(self, kv_transfer: Mapping[str, Any]) -> DoneEvent:

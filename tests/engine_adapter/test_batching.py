@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 
 from engine_adapter.client import EngineClient
 from engine_adapter.errors import EngineError, EngineUnavailable, VersionConflict
-from engine_adapter.messages import Extend, Open, Progress
+from engine_adapter.messages import Extend, Finish, Open, Progress, Sampling
 from tests.fake_engine import FakeEngine
 
 
@@ -85,6 +85,23 @@ async def test_one_that_is_refused_fails_no_other(counted: Counted) -> None:
     assert isinstance(answers[2], EngineError)
     assert isinstance(answers[3], Progress)
     assert counted.fake.core.tokens["first"] == [1, 5]
+
+
+async def test_finish_waits_for_no_window(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine_adapter.batching.WINDOW_S", 30.0)
+    client = await counted.client()
+    await client.open("p", Open(tokens=[1]))
+    extending = asyncio.create_task(client.extend("p", Extend(version=1, keep=1, tokens=[2])))
+    await asyncio.sleep(0)
+    assert counted.asked["/operations"] == 0
+    op = Finish(version=2, keep=2, tokens=[3], sampling=Sampling(max_tokens=1))
+    async with asyncio.timeout(5), client.finish("p", op) as events:
+        assert [event async for event in events]
+    assert (await extending).version == 1
+    assert counted.fake.core.finished["p"] == [1, 2, 3]
+    await client.close()
 
 
 async def test_an_engine_that_is_gone_fails_them_all(counted: Counted) -> None:
