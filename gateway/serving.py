@@ -19,6 +19,7 @@ from gateway.connections import listen
 from gateway.keys import KEEPER, LIFECYCLE, METRICS, RELOADER, SETTINGS, STREAMS
 from gateway.routes_admin import admin
 from gateway.settings import SettingsError
+from gateway.tasks import again_and_again, begin
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ async def serve(app: web.Application) -> None:
         loop.add_signal_handler(signal.SIGTERM, _drain, app, loop, ended)
         loop.add_signal_handler(signal.SIGHUP, _reload, app)
         garbage.make_rare()
+        searching = again_and_again(
+            garbage.search_all, lambda: garbage.EVERY_S, "the search for garbage"
+        )
+        running.callback(begin(searching, "the search for garbage").cancel)
         print(f"gateway on http://{settings.host}:{settings.port}", flush=True)
         await ended.wait()
         if app[LIFECYCLE].draining:
