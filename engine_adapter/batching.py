@@ -18,6 +18,7 @@ from engine_adapter.messages import Answered, Batch, Operation, Progress
 WINDOW_S = 0.004
 MOST = 64
 """Operations in one request."""
+CLOSED = "the engine is not used any more"
 
 Waiting = tuple[Operation, asyncio.Future[Progress]]
 
@@ -70,9 +71,11 @@ class Batching:
             await asyncio.sleep(0)  # its request begins now
 
     async def close(self) -> None:
-        """Break off what is under way."""
+        """Break off what waits and what is under way: its callers get `EngineUnavailable`."""
         if self._timer is not None:
             self._timer.cancel()
+        waiting, self._waiting, self._timer = self._waiting, [], None
+        _fail(waiting, EngineUnavailable(CLOSED))
         for task in self._under_way:
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
@@ -94,15 +97,10 @@ class Batching:
             if len(answers) != len(some):
                 raise EngineUnavailable("the engine has not answered every operation")
         except EngineError as e:
-            told = False
-            for _, answer in some:
-                if not answer.done():
-                    answer.set_exception(_same(e, told=told))
-                    told = True
+            _fail(some, e)
             return
-        except asyncio.CancelledError:
-            for _, answer in some:
-                answer.cancel()
+        except asyncio.CancelledError:  # not by those that wait: they live on
+            _fail(some, EngineUnavailable(CLOSED))
             raise
         for (_, answer), said in zip(some, answers, strict=True):
             if answer.done():
@@ -111,6 +109,15 @@ class Batching:
                 answer.set_result(said.progress)
             else:
                 answer.set_exception(EngineError.from_json(said.error))
+
+
+def _fail(some: list[Waiting], error: EngineError) -> None:
+    """Answer all with the same error, which has been told once then."""
+    told = False
+    for _, answer in some:
+        if not answer.done():
+            answer.set_exception(_same(error, told=told))
+            told = True
 
 
 def _same(error: EngineError, *, told: bool) -> EngineError:

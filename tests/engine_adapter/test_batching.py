@@ -25,10 +25,13 @@ class Counted:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self.fake = FakeEngine()
         app, self.asked = self.fake.app(), Counter[str]()
+        self.runs = asyncio.Event()
+        self.runs.set()
 
         @web.middleware
         async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
             self.asked[request.path.removeprefix("/stream2llm")] += 1
+            await self.runs.wait()
             return await handler(request)
 
         app.middlewares.append(count)
@@ -112,6 +115,26 @@ async def test_an_engine_that_is_gone_fails_them_all(counted: Counted) -> None:
     assert all(isinstance(answer, EngineUnavailable) for answer in answers)
     # The first goes alone, the others together: two requests have failed.
     assert sum(not answer.told for answer in answers if isinstance(answer, EngineError)) == 2
+
+
+@pytest.mark.parametrize("sent", [True, False])
+async def test_whoever_waits_when_the_client_is_closed_is_told(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch, sent: bool
+) -> None:
+    client = await counted.client()
+    await client.open("p", Open(tokens=[1]))
+    monkeypatch.setattr("engine_adapter.batching.WINDOW_S", 30.0)
+    counted.runs.clear()
+    first = asyncio.create_task(client.extend("p", Extend(version=1, keep=1, tokens=[2])))
+    await asyncio.sleep(0)
+    if sent:
+        await client._batching.hurry("p")
+        await asyncio.sleep(0)
+    await client.close()
+    with pytest.raises(EngineUnavailable):
+        async with asyncio.timeout(5):
+            await first
+    counted.runs.set()
 
 
 async def test_an_engine_that_knows_no_batches_gets_none(
