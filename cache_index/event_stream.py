@@ -25,6 +25,7 @@ CONNECT_S = 5.0
 REPLAY_S = 2.0
 """Longest wait for the next batch of a replay."""
 
+NEVER_MS = 24 * 3600 * 1000
 HEARTBEAT_S = 5
 """An engine whose machine has vanished closes no connection."""
 
@@ -183,15 +184,21 @@ class EventStream:
             raise ConnectionLost(f"{self._source.endpoint} is closed")
         return event
 
-    async def _arrived(self, socket: zmq.asyncio.Socket, within_s: float) -> bool:
-        """Whether a message comes in time, as long as the engine is there."""
+    async def _receive(self, socket: zmq.asyncio.Socket, within_s: float) -> list[bytes] | None:
+        """The message that comes in time, as long as the engine is there; else None."""
         poller = zmq.asyncio.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         ready = dict(await poller.poll(round(within_s * 1000)))
         if self._monitor in ready:
             await self._monitor_event()
-        return socket in ready
+        if socket not in ready:
+            return None
+        try:
+            frames: list[bytes] = await socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:  # it went with the connection: to wait for it would be to wait for ever
+            return None
+        return frames
 
     async def next(self, within_s: float) -> Batch | None:
         """The next batch that arrives, numbers may be missing; None if none comes in time.
@@ -200,9 +207,10 @@ class EventStream:
             ConnectionLost
             msgspec.DecodeError: the batch can't be read.
         """
-        if not await self._arrived(self._sub, within_s):
+        frames = await self._receive(self._sub, within_s)
+        if frames is None:
             return None
-        _, number, payload = await self._sub.recv_multipart()
+        _, number, payload = frames
         batch = read(number, payload)
         if batch.number <= self._last:
             raise ConnectionLost("the numbers begin anew")
@@ -225,8 +233,8 @@ class EventStream:
         try:
             socket.connect(self._source.replay_endpoint)
             await socket.send_multipart([b"", first.to_bytes(NUMBER_BYTES, "big")])
-            while await self._arrived(socket, REPLAY_S):
-                *_, number, payload = await socket.recv_multipart()
+            while (frames := await self._receive(socket, REPLAY_S)) is not None:
+                *_, number, payload = frames
                 if number == END_OF_REPLAY:
                     return
                 yield read(number, payload)
@@ -240,7 +248,9 @@ def _socket(kind: int) -> zmq.asyncio.Socket:
     socket.linger = 0
     socket.sndtimeo = round(REPLAY_S * 1000)
     socket.ipv6 = True
-    socket.reconnect_ivl = -1  # or two engines could come through one connection
+    # Two engines may not come through one connection. -1, which forbids it, would throw away what
+    # has arrived, in the middle of a message too, and libzmq aborts the process when that is read.
+    socket.reconnect_ivl = NEVER_MS
     socket.heartbeat_ivl = HEARTBEAT_S * 1000
     socket.heartbeat_timeout = 3 * HEARTBEAT_S * 1000
     return socket

@@ -250,6 +250,22 @@ async def test_followers_of_one_engine_do_not_disturb_each_other(engine: Publish
         await agreed(engine, index)
 
 
+async def test_an_engine_may_end_in_the_middle_of_what_it_is_asked_for(
+    engine: PublishedEngine,
+) -> None:
+    index = TinyIndex()
+    async with following(engine, index):
+        for round_ in range(5):
+            for name in range(200):
+                engine.publish(stored(name), lose=name % 7 == 0)
+            await until(engine.all_sent, within_s=5)
+            for _ in range(4 * round_):
+                await asyncio.sleep(0)
+            engine.restart()
+            engine.publish(stored(round_))
+            await agreed(engine, index)
+
+
 async def test_without_snapshots_an_engine_is_followed_from_what_it_remembers(
     short_engine: PublishedEngine,
 ) -> None:
