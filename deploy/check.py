@@ -30,6 +30,10 @@ SCRAPES_S = 6.0
 """So that what came last has been scraped too."""
 
 
+NEEDED = ("proxy", "prometheus", "locust")
+"""Services without which there is no load, or nothing to see of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """One query of a dashboard."""
@@ -152,6 +156,10 @@ def _unreached(prometheus: httpx.Client, report: Report) -> list[str]:
     )
 
 
+def _runs(report: Report, name: str) -> bool:
+    return report.services[name].state in ("healthy", "running")
+
+
 def main() -> int:
     """Check the stack. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.check", description=__doc__)
@@ -162,6 +170,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="stream2llm-stack-"))
     try:
         report = stack.up(folder, stack.FILE, "cpu", free_ports=True)
+        lacking = [f"{n} ({report.services[n].why})" for n in NEEDED if not _runs(report, n)]
+        if lacking:
+            print(f"can't be checked without {', '.join(lacking)}; logs: {folder}/logs")
+            return 1
         found = check(report, users=options.users, seconds=options.seconds, gap_s=options.gap_s)
     finally:
         stack.down(folder)
