@@ -102,6 +102,9 @@ class Batching:
         except asyncio.CancelledError:  # not by those that wait: they live on
             _fail(some, EngineUnavailable(CLOSED))
             raise
+        except Exception as e:  # whatever it is: they would wait for ever
+            _fail(some, EngineUnavailable(f"a shared request failed: {e!r}"))
+            return
         for (_, answer), said in zip(some, answers, strict=True):
             if answer.done():
                 continue

@@ -137,6 +137,21 @@ async def test_whoever_waits_when_the_client_is_closed_is_told(
     counted.runs.set()
 
 
+async def test_an_answer_that_can_not_be_read_is_told_to_all(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreadable(batch: object) -> object:
+        raise ValueError
+
+    client = await counted.client()
+    monkeypatch.setattr(client._batching, "_together", unreadable)
+    await client.open("first", Open(tokens=[1]))
+    async with asyncio.timeout(5):
+        opened = (client.open(f"p{i}", Open(tokens=[1])) for i in range(3))
+        answers = await asyncio.gather(*opened, return_exceptions=True)
+    assert all(isinstance(answer, EngineUnavailable) for answer in answers[1:])
+
+
 async def test_an_engine_that_knows_no_batches_gets_none(
     counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
