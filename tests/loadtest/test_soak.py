@@ -18,4 +18,4 @@ def test_a_gateway_that_stood_still_has_its_streams_back_and_nothing_left() -> N
     figures = json.loads(done.stdout.splitlines()[-1])
     troubles = [trouble for trouble in figures["troubles"] if "memory" not in trouble]
     assert not troubles, done.stdout  # memory is for a longer run to tell
-    assert figures["samples"][-1]["streams"] > 30
+    assert sum(sample["streams"] for sample in figures["samples"][-3:]) > 90
