@@ -15,7 +15,7 @@ from contextvars import Context
 from engine_adapter.errors import EngineError, EngineUnavailable
 from engine_adapter.messages import Answered, Batch, Operation, Progress
 
-WINDOW_S = 0.004
+WINDOW_S = 0.008
 MOST = 64
 """Operations in one request."""
 CLOSED = "the engine is not used any more"

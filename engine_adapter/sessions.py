@@ -135,8 +135,10 @@ class Sessions:
             raise PromptExists(f"prompt {prompt_id!r} is open already")
         if not 0 < op.lease_s <= MAX_LEASE_S:
             raise BadOperation(f"lease_s must be above 0 and at most {MAX_LEASE_S:g}")
-        if sum(not s.finished for s in self._sessions.values()) >= self._limits.max_open_prompts:
-            raise EngineOverloaded(f"{self._limits.max_open_prompts} prompts are open")
+        most = self._limits.max_open_prompts
+        # They are counted only when there may be too many.
+        if len(self._sessions) >= most and self._count_open() >= most:
+            raise EngineOverloaded(f"{most} prompts are open")
         self._check_tokens(op.tokens, len(op.tokens))
         session = Session(
             prompt_id, list(op.tokens), op.cache_salt, op.lease_s, time.monotonic() + op.lease_s
@@ -144,6 +146,9 @@ class Sessions:
         self._sessions[prompt_id] = session
         call = self._core.open(prompt_id, session.tokens, op.cache_salt, op.weight)
         return await self._call(session, call, kept=0)
+
+    def _count_open(self) -> int:
+        return sum(not session.finished for session in self._sessions.values())
 
     async def extend(self, prompt_id: str, op: Extend) -> Progress:
         """Apply the next version, also to a finished prompt whose answer has not begun.

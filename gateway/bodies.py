@@ -25,6 +25,11 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
     """
     if (request.content_length or 0) > limit_bytes:
         raise BodyTooLarge(f"the body has {request.content_length} bytes, limit {limit_bytes}")
+    if request.content.is_eof() and request.content.exception() is None:
+        whole = request.content.read_nowait()  # it came with its headers, as most bodies do
+        if len(whole) > limit_bytes:
+            raise BodyTooLarge(f"the body has more than {limit_bytes} bytes")
+        return whole
     body, begun_s = bytearray(), time.monotonic()
     while part := await _part(request, begun_s + _allowed_s(request, len(body))):
         body += part

@@ -26,7 +26,7 @@ async def builder_for(app: web.Application, model: str) -> PromptBuilder:
         builders[model] = asyncio.get_running_loop().run_in_executor(app[EXECUTOR], make)
     making = builders[model]
     try:
-        return await asyncio.shield(making)
+        return making.result() if making.done() else await asyncio.shield(making)
     except Exception as e:  # libraries raise whatever they like
         if builders.get(model) is making:  # else somebody tries again already
             del builders[model]

@@ -66,7 +66,7 @@ class Health:
         """An operation succeeded."""
         match self.state:
             case "healthy":
-                return replace(self, failures=0)
+                return replace(self, failures=0) if self.failures else self
             case "half-open":
                 return Health("healthy", ejections=self.ejections, since_s=now_s)
             case "ejected":

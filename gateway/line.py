@@ -170,7 +170,7 @@ class Line:
         """The prompt has changed behind its first `kept` tokens."""
         self._common, self.confirmed = min(self._common, kept), min(self.confirmed, kept)
 
-    def ahead(self, wanted: Sequence[int]) -> int:
+    def ahead(self, wanted: list[int]) -> int:
         """Tokens of a prompt that no operation has carried to an engine yet."""
         return len(difference(self._sent or [], wanted)[1])
 

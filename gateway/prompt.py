@@ -105,7 +105,7 @@ class Prompt:
             )
 
 
-def difference(held: Sequence[int], wanted: Sequence[int]) -> tuple[int, list[int]]:
+def difference(held: list[int], wanted: list[int]) -> tuple[int, list[int]]:
     """How to get from the tokens an engine has to those it should have.
 
     Returns:
@@ -113,10 +113,10 @@ def difference(held: Sequence[int], wanted: Sequence[int]) -> tuple[int, list[in
         An append is the case in which all are kept.
     """
     n = min(len(held), len(wanted))
-    if list(held[:n]) == list(wanted[:n]):
-        return n, list(wanted[n:])
+    if held[:n] == wanted[:n]:
+        return n, wanted[n:]
     keep = next(i for i in range(n) if held[i] != wanted[i])
-    return keep, list(wanted[keep:])
+    return keep, wanted[keep:]
 
 
 def place_documents(messages: Sequence[Message]) -> list[Message]:
@@ -179,6 +179,17 @@ class PromptBuilder:
             salt: of the tenant, up to 64 ASCII characters. Nobody with another one can find out, by
                 how long it takes, that a text was there before.
         """
+        return Document(await asyncio.shield(self._tokens(text, salt)), name)
+
+    def at_once(
+        self, text: str, name: str | None = None, *, salt: str | None = None
+    ) -> Document | None:
+        """As `document`, if nothing has to be waited for: the text is short, or known. None if a
+        thread has to do it, which has begun then."""
+        tokens = self._tokens(text, salt)
+        return Document(tokens.result(), name) if tokens.done() else None
+
+    def _tokens(self, text: str, salt: str | None) -> asyncio.Future[Tokens]:
         salting = (salt or "").encode()
         key = hashlib.blake2b(text.encode(), digest_size=16, key=salting).digest()
         cached = self._cache.get(key)
@@ -188,10 +199,7 @@ class PromptBuilder:
                 self._cache.popitem(last=False)
         else:
             self._cache.move_to_end(key)
-        if cached.done():
-            await asyncio.sleep(0)  # a post of many short texts holds nobody up
-            return Document(cached.result(), name)
-        return Document(await asyncio.shield(cached), name)
+        return cached
 
     def _tokenized(self, text: str) -> asyncio.Future[Tokens]:
         """A short text is done in about the time that it takes to have a thread do it."""

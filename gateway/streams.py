@@ -277,7 +277,7 @@ class Streams:
 
     def _due(self, now_s: float) -> list[Coroutine[Any, Any, None]]:
         """What has to be done for silent streams now; forgets the long ended ones."""
-        work: list[Coroutine[Any, Any, None]] = []
+        work, lease_s = list[Coroutine[Any, Any, None]](), self._settings.lease_s
         for stream in list(self._streams.values()):
             silent_s, limits = now_s - stream.touched_s, stream.limits
             idle_s = limits.idle_s or self._settings.idle_timeout_s
@@ -287,7 +287,7 @@ class Streams:
                     self._forget(stream)
             elif now_s - stream.begun_s > life_s or (stream.state == "open" and silent_s > idle_s):
                 work.append(self._expire(stream))
-            elif now_s - max(stream.heard_of_s, stream.renewed_s) > self._settings.lease_s / 3:
+            elif now_s - stream.renewed_s > lease_s / 3 and now_s - stream.heard_of_s > lease_s / 3:
                 stream.renewed_s = now_s
                 work += [self._renew(stream), self._look(stream)]
         return work

@@ -148,20 +148,24 @@ async def _answer(
 
 
 async def _followed(events: AsyncIterator[Event], told: Told) -> AsyncIterator[Event]:
-    """An answer that is accepted is no success yet: its first event is, and its end."""
-    first = True
+    """An answer that is accepted is no success yet: its first event is, and its end. Whoever reads
+    beyond its last event has the connection read to its end too, so that it is used again."""
+    first, over = True, False
     try:
         async for event in events:
+            if over:
+                continue
             if isinstance(event, ErrorEvent):
                 error = EngineError.from_json(event.error)
                 told(error if isinstance(error, EngineUnavailable) else None)
             elif first or isinstance(event, DoneEvent):
                 told(None)
-            first = False
+            first, over = False, isinstance(event, DoneEvent | ErrorEvent)
             yield event
-            if isinstance(event, DoneEvent | ErrorEvent):
-                return
     except EngineUnavailable as e:
+        if over:
+            return
         told(e)
         raise
-    told(EngineUnavailable("the engine ended the answer without completing it"))
+    if not over:
+        told(EngineUnavailable("the engine ended the answer without completing it"))

@@ -2,8 +2,8 @@
 
 Streams come at Poisson times; each posts its chunks at times of its own, asks, reads its answer,
 and is gone, so that about the same number is open all the time. The load begins as it goes on:
-the first streams are opened evenly within the ramp, each with a part of its chunks only. Open
-loop: a chunk is posted when it is due, whether or not the one before was acknowledged, and its
+the first streams are opened evenly within the ramp, with as many chunks as leave each its part of
+them, from one to all, at the end of the ramp. Open loop: a chunk is posted when it is due, whether or not the one before was acknowledged, and its
 acknowledgement counts from when it was due. Every chunk's text is another, so each is tokenized.
 
 What a gateway refuses or breaks is counted, and the load goes on with the next stream. Every
@@ -144,10 +144,11 @@ class Flood:
 
     async def ramp(self, seconds: float) -> None:
         """Open the first streams, in the middle of their lives, and let more come from then on."""
-        begun_s, streams = time.perf_counter(), self._load.streams
-        for i in range(streams):
-            await _until(begun_s + seconds * i / streams)
-            self._begin(1 + i % self._load.chunks)
+        begun_s, load = time.perf_counter(), self._load
+        for i in range(load.streams):
+            at_s = seconds * i / load.streams
+            await _until(begun_s + at_s)
+            self._begin(1 + i % load.chunks + round(load.chunks * (seconds - at_s) / load.life_s))
         self._coming = asyncio.get_running_loop().create_task(self._come())
 
     def begin_windows(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+import uvloop
 from aiohttp import web
 
 from engine_adapter.scheduling.policies import DEFAULT_POLICY, POLICIES
@@ -71,6 +72,7 @@ def main() -> int:
     app = build(engine, options.model_name, options.speed, options.max_prompts)
     web.run_app(
         app,
+        loop=uvloop.new_event_loop(),
         host="127.0.0.1",
         port=options.port,
         handler_cancellation=True,

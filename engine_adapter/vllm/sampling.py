@@ -14,6 +14,9 @@ from engine_adapter.errors import BadOperation
 from engine_adapter.messages import Sampling
 from engine_adapter.vllm.open_prompts import ADOPT, VERSION
 
+KNOWN = frozenset(inspect.signature(SamplingParams).parameters)
+"""What this vLLM can be told; a model's defaults may have more."""
+
 
 def sampling_params(
     sampling: Sampling, prompt_id: str, version: int, room: int, defaults: Mapping[str, Any]
@@ -29,8 +32,7 @@ def sampling_params(
         BadOperation: vLLM refuses a value.
     """
     given = {k: v for k, v in msgspec.structs.asdict(sampling).items() if v is not None}
-    known = inspect.signature(SamplingParams).parameters
-    values = {k: v for k, v in defaults.items() if k in known} | given
+    values = {k: v for k, v in defaults.items() if k in KNOWN} | given
     values["max_tokens"] = min(values.get("max_tokens") or room, room)
     try:
         return SamplingParams(
