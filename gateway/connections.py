@@ -29,8 +29,6 @@ from gateway.telemetry import Metrics
 logger = logging.getLogger(__name__)
 logger.addFilter(only_own_errors)
 
-BACKLOG = 1024
-"""Connections that the system holds until the gateway takes them."""
 LINGERING_S = 1.0
 """How long the rest of a body is read of a request that was answered without it, so that the client
 sees the answer and no reset."""
@@ -47,6 +45,8 @@ class Door:
         self.server = server
         self.metrics = metrics
         self.open = 0
+        self.coming = 0
+        """Taken from the system, and not open yet."""
         self._settings = settings
         self._most = most_connections()
 
@@ -59,7 +59,7 @@ class Door:
         return self._settings.now.keepalive_s
 
     def __call__(self) -> asyncio.Protocol:
-        if self.open >= min(self._settings.now.max_connections, self._most):
+        if self.open + self.coming >= min(self._settings.now.max_connections, self._most):
             return Refusal(Overloaded(f"{self.open} connections are open"), self.metrics)
         return Connection(self)
 
@@ -82,11 +82,14 @@ class Connection(web.RequestHandler):
         self._wire: asyncio.Transport | None = None
         self._head: asyncio.TimerHandle | None = None
         self._taking: asyncio.TimerHandle | None = None
-        self._closing = False
+        self._begun = self._closing = False
 
     @property
     def _waits(self) -> bool:
-        """Whether no request is under way: what aiohttp itself looks at in `_process_keepalive`."""
+        """Whether no request is under way: what aiohttp itself looks at in `_process_keepalive`, but
+        for what arrives before `start` has had its first turn."""
+        if not self._begun:
+            return not self._messages
         return self._waiter is not None and not self._waiter.done()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -111,6 +114,7 @@ class Connection(web.RequestHandler):
 
     async def start(self) -> None:
         """Answer one request after the other. Then what is left to send has its deadline too."""
+        self._begun = True
         try:
             await super().start()
         finally:
@@ -215,16 +219,3 @@ def most_connections() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     return max((soft - OWN_FILES) // 2, 1) if soft != resource.RLIM_INFINITY else 1 << 30
-
-
-async def listen(
-    runner: web.AppRunner, host: str, port: int, settings: Current, metrics: Metrics
-) -> asyncio.Server:
-    """Take connections for an application that was set up.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    assert runner.server is not None
-    door = Door(runner.server, settings, metrics)
-    return await asyncio.get_running_loop().create_server(door, host, port, backlog=BACKLOG)

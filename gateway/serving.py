@@ -15,8 +15,8 @@ from contextlib import AsyncExitStack
 from aiohttp import web
 
 from gateway import garbage
-from gateway.connections import listen
 from gateway.keys import KEEPER, LIFECYCLE, METRICS, RELOADER, SETTINGS, STREAMS
+from gateway.ports import Port, listen
 from gateway.routes_admin import admin
 from gateway.settings import SettingsError
 from gateway.tasks import again_and_again, begin
@@ -59,7 +59,7 @@ async def serve(app: web.Application) -> None:
 
 async def _listening(
     running: AsyncExitStack, app: web.Application, gateway: web.Application, host: str, port: int
-) -> asyncio.Server:
+) -> Port:
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
     running.push_async_callback(runner.cleanup)
     await runner.setup()

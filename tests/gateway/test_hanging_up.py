@@ -115,7 +115,7 @@ async def test_while_a_chunk_before_it_is_tokenized(
 
         monkeypatch.setattr(PromptBuilder, "document", slow)
         async with asyncio.TaskGroup() as group:
-            group.create_task(client.sends("more context"))
+            group.create_task(client.sends("more context " * 40))  # not at once
             await begun.wait()
             await client.hangs_up(lambda: client.requests == 2)
             await client.freed()

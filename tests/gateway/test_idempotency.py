@@ -146,7 +146,7 @@ async def test_a_creation_that_was_cut_off_leaves_its_key_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun, headers = asyncio.Event(), key()
-    body = BODY | {"documents": [{"text": "x"}]}
+    body = BODY | {"documents": [{"text": "not at once " * 40}]}
 
     async def never(*args: object, **options: object) -> Document:
         begun.set()

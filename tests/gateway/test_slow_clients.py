@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from engine_adapter.messages import DoneEvent, Event, TokenEvent
 from gateway.app import build
-from gateway.connections import listen
 from gateway.keys import BUILDERS, ENGINES, METRICS, SETTINGS, STREAMS
+from gateway.ports import listen
 from gateway.settings import Settings
 from tests.conftest import until
 from tests.fake_engine import MODEL, FakeEngine
