@@ -60,13 +60,14 @@ stack-check: model ## the stack as processes, two minutes under load, and what P
 	@$(BIN)/python -m deploy.check
 
 test: check model ## lint, types and all tests, also those on a real engine
+	@$(BIN)/python -m pytest -m "slow and not engine" -n 2 --dist loadfile
 	@$(BIN)/python -m pytest -m engine
 
-check: $(READY) ## lint, types and the fast tests
+check: $(READY) ## lint, types and the fast tests, in a minute
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m "not engine" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "not engine and not slow" -n 2 --dist loadfile
 
 bench-gateway: model ## what the gateway itself costs per chunk, with 200 open streams
 	@$(BIN)/python -m loadtest.bench_gateway

@@ -3,8 +3,9 @@
 Streams come at Poisson times; each posts its chunks at times of its own, asks, reads its answer,
 and is gone, so that about the same number is open all the time. The load begins as it goes on:
 the first streams are opened evenly within the ramp, with as many chunks as leave each its part of
-them, from one to all, at the end of the ramp. Open loop: a chunk is posted when it is due, whether or not the one before was acknowledged, and its
-acknowledgement counts from when it was due. Every chunk's text is another, so each is tokenized.
+them, from one to all, at the end of the ramp. Open loop: a chunk is posted when it is due, whether
+or not the one before was acknowledged, and its acknowledgement counts from when it was due. Every
+chunk's text is another, so each is tokenized.
 
 What a gateway refuses or breaks is counted, and the load goes on with the next stream. Every
 request has a deadline, and connections are bounded.

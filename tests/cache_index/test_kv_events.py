@@ -29,6 +29,8 @@ from tests.cache_index.publisher import (
 )
 from tests.conftest import until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from cache_index.index import Change, IndexUnavailable, OutOfOrder, Splice, Stal
 from cache_index.redis import RedisIndex, blocks_key, engine_keys
 from deploy.local import Server, redis_server
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 0.3
 RECORD = StreamRecord(epoch=0, version=0, holder="g1", engine="", state="open", about=b"a")
 

@@ -16,6 +16,8 @@ from redis import Redis
 
 from deploy.local import Server, ServerFailed, command, redis_server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 SITE = [sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1"]

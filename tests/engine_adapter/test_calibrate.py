@@ -23,6 +23,8 @@ from engine_adapter.scheduling.cost import Setup
 from engine_adapter.transfers import Counters, read_counters
 from tests.fake_engine import FakeEngine
 
+pytestmark = pytest.mark.slow
+
 SETUP = Setup(model="fake", hardware="2x Fake", settings="none")
 
 BYTES_PER_TOKEN = 1000

@@ -18,6 +18,8 @@ from engine_adapter.scheduling.view import View
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.simulated.hardware import H100X2, LLAMA_3_1_8B
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 100
 
 

@@ -18,6 +18,8 @@ from engine_adapter.scheduling import fairness
 from engine_adapter.scheduling.policies import POLICIES
 from tests.engine_adapter.harness import BLOCK_SIZE, MAX_MODEL_LEN, Engine, expected_answer
 
+pytestmark = pytest.mark.slow
+
 SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // 4 + 8
 """Room for one longest prompt and a little more, plus vLLM's null block."""
 

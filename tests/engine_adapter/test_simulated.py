@@ -12,6 +12,8 @@ from engine_adapter.simulated.hardware import H100X2, LLAMA_3_1_8B
 from loadtest.bench_sim import run
 from loadtest.simulation import WAITING, Case
 
+pytestmark = pytest.mark.slow
+
 
 def test_kv_and_arithmetic_of_a_known_model() -> None:
     assert LLAMA_3_1_8B.kv_bytes_per_token == 131_072

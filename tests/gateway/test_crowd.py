@@ -25,6 +25,8 @@ from tests.fake_engine import MODEL
 from tests.gateway.pools import QUESTION, front
 from tests.gateway.tenancy import gateway, tenants_file
 
+pytestmark = pytest.mark.slow
+
 RETRIEVAL_S = 3.0
 DECODE_S = 1.0
 BODY = {"model": MODEL, "messages": QUESTION}

@@ -19,6 +19,8 @@ from tests.conftest import until
 from tests.fake_engine import MODEL, FakeCore, FakeEngine
 from tests.gateway.pools import QUESTION, closing, served
 
+pytestmark = pytest.mark.slow
+
 BODY = {"model": MODEL, "messages": QUESTION}
 LONG_S = 60.0
 

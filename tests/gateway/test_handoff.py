@@ -25,6 +25,8 @@ from gateway.telemetry import Metrics
 from tests.conftest import until
 from tests.gateway.fallible import MODEL, TENANT, Decode, Failure, Prefill, World, answer
 
+pytestmark = pytest.mark.slow
+
 PROMPT = Prompt((1, 2, 3), (4, 5))
 RULE = Rule(min_tokens=2, idle_tokens=-1, timeout_s=0.05)
 PATIENT = replace(RULE, timeout_s=3.0)

@@ -20,6 +20,8 @@ from gateway.quota import NEVER_USED_S, WINDOW_S, Rate, duration
 from tests.conftest import until
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
+pytestmark = pytest.mark.slow
+
 # The arithmetic.
 
 spendings = st.lists(st.tuples(st.floats(0, 90), st.integers(0, 200)), max_size=40)

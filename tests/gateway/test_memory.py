@@ -20,6 +20,8 @@ from tests.conftest import until
 from tests.fake_engine import MODEL
 from tests.gateway.pools import QUESTION, Front, front
 
+pytestmark = pytest.mark.slow
+
 BODY = {"model": MODEL, "messages": QUESTION}
 
 

@@ -15,6 +15,8 @@ from tests.conftest import until
 from tests.fake_engine import FakeEngine
 from tests.gateway.pools import Breakable, Front, front, served
 
+pytestmark = pytest.mark.slow
+
 ENGINES = {"small": ("small",), "other-small": ("small",), "large": ("large", "large-adapter")}
 """The models that each engine lists; the first is the one that it serves to streams."""
 

@@ -20,6 +20,8 @@ from gateway.settings import Settings, SettingsError, load
 from tests.conftest import until
 from tests.fake_openai import MODEL, FakeOpenAI
 
+pytestmark = pytest.mark.slow
+
 QUESTION = [{"role": "user", "content": "Why?"}]
 
 

@@ -30,6 +30,8 @@ from tests.conftest import until
 from tests.fake_engine import MODEL, FakeEngine
 from tests.gateway.pools import QUESTION, Breakable, Front, front, served
 
+pytestmark = pytest.mark.slow
+
 
 async def answered(front: Front, **options: Any) -> str:
     async with front.client.stream(MODEL, QUESTION, **options) as stream:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import orjson
+import pytest
 from aiohttp import web
 
 from engine_adapter.messages import Event, TokenEvent
@@ -15,6 +16,8 @@ from gateway.keys import RELOADER, STREAMS
 from tests.conftest import until
 from tests.gateway.tenancy import BODY, gateway, tenants_file
 from tests.gateway.test_limits import refused
+
+pytestmark = pytest.mark.slow
 
 
 async def test_hanging_up_does_not_make_an_answer_cheaper(model_dir: Path, tmp_path: Path) -> None:

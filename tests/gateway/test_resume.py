@@ -20,6 +20,8 @@ from gateway.stream import Stream
 from tests.conftest import until
 from tests.gateway.tenancy import BODY, Gateway, gateway
 
+pytestmark = pytest.mark.slow
+
 KEY = {"Idempotency-Key": "once"}
 RESUME_S = 1.0
 

@@ -30,6 +30,8 @@ from tests.conftest import until
 from tests.fake_engine import MODEL, FakeEngine
 from tests.gateway.pools import QUESTION, served, shared_builder
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 0.4
 LATE_S = 5.0
 """What a deadline may be missed by on a busy machine."""

@@ -26,6 +26,8 @@ from gateway.prompt import PromptBuilder, Tokens
 from gateway.tenants import EVERYBODY, Tenant, Tenants, TenantsError, hashed, new
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
+pytestmark = pytest.mark.slow
+
 TRACE = "1" * 32
 asked: list[dict[str, Any]] = []
 heard: list[dict[str, str]] = []

@@ -7,16 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from loadtest.bench_overload import WINDOW_S, best_rate
+from loadtest.bench_overload import rate_in
 
 
-@given(st.lists(st.floats(0, 100), max_size=60))
-def test_the_best_rate_is_that_of_the_fullest_window(at_s: list[float]) -> None:
-    windows = [sum(begin <= s < begin + WINDOW_S for s in at_s) for begin in at_s]
-    assert best_rate(at_s) == max(windows, default=0) / WINDOW_S
+def test_the_capacity_is_what_is_answered_while_more_come() -> None:
+    at_s = [0.5, 20.0, 20.1, 25.0, 39.9, 40.0, 41.0]  # 4 from 20 to 40, whatever was before
+    assert rate_in(at_s, 20.0, 40.0) == 4 / 20
 
 
 @pytest.mark.engine

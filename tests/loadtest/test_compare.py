@@ -22,6 +22,8 @@ from loadtest.trial import play
 from loadtest.workload import Document, Input, Query
 from tests.fake_engine import MODEL
 
+pytestmark = pytest.mark.slow
+
 LINES = (
     Line(0, (0.0, 1.0, 2.0), 2.5, 2.5, [(0.1, 0.2), (2.0, 2.5)], [(0.5, 9)], [(1.0, 7)]),
     Line(1, (0.5, 3.0)),

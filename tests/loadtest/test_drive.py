@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
@@ -19,6 +20,8 @@ from loadtest.front import Front, brings_token
 from loadtest.workload import Document, Input, Query
 from tests.fake_engine import MODEL
 from tests.loadtest.conftest import url_of
+
+pytestmark = pytest.mark.slow
 
 
 class Words:

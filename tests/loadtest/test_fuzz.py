@@ -18,6 +18,8 @@ from loadtest.fuzz_bodies import Lines, Operation, Operations, ndjson
 from loadtest.fuzz_described import Described, narrowed
 from loadtest.fuzz_tally import Tally, session
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = {
     "openapi": "3.1.0",
     "info": {"title": "a gateway that does as it likes", "version": "1"},

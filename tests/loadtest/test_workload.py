@@ -27,6 +27,8 @@ from loadtest.workload import (
     statistics_of,
 )
 
+pytestmark = pytest.mark.slow
+
 GENERATORS: dict[str, Callable[..., list[Query]]] = {"crawl": crawl, "ann": ann}
 both = pytest.mark.parametrize("name", GENERATORS)
 

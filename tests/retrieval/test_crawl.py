@@ -18,6 +18,8 @@ from retrieval.crawl import Crawl, CrawlLimits, retry_after_s, urls_in
 from retrieval.source import Passage, Query, SourceFailed
 from tests.retrieval.sites import Answer, Site, gather, html, local, moved, names, serving, tasks
 
+pytestmark = pytest.mark.slow
+
 FAST = CrawlLimits(delay_s=0.0, backoff_s=0.01)
 
 

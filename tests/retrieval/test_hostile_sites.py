@@ -24,6 +24,8 @@ from retrieval.pages import decode, read_page
 from retrieval.source import Passage
 from tests.retrieval.sites import Site, gather, html, local, moved, serving
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 GERMAN = "Die Größe der Bücher hängt davon ab, wie schön ihre Überschriften gesetzt wären."
 GROWTH_LIMIT_BYTES = 120 * MIB
