@@ -86,8 +86,8 @@ class Connection(web.RequestHandler):
 
     @property
     def _waits(self) -> bool:
-        """Whether no request is under way: what aiohttp itself looks at in `_process_keepalive`, but
-        for what arrives before `start` has had its first turn."""
+        """Whether no request is under way: what aiohttp itself looks at in `_process_keepalive`.
+        What comes before the first turn of `start` counts too."""
         if not self._begun:
             return not self._messages
         return self._waiter is not None and not self._waiter.done()

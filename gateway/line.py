@@ -92,7 +92,7 @@ class Line:
         *,
         lease_s: float,
         tenant: Tenant,
-        contested: Callable[[], Awaitable[None]],
+        contested: Callable[[], Awaitable[None] | None],
         free: Callable[[Engine, str], None],
         metrics: Metrics,
     ) -> None:
@@ -299,7 +299,8 @@ class Line:
                 logger.info("stream %s is opened again: %s", self._stream_id, error)
                 self._forget()
             case VersionConflict():
-                await self._contested()
+                if (contest := self._contested()) is not None:
+                    await contest
                 await self._catch_up()
             case EngineUnavailable():
                 if self.engine is not None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,12 +12,11 @@ import orjson
 from aiohttp import web
 
 from cache_index.index import StreamRecord
-from engine_adapter.messages import DoneEvent, ErrorEvent, TokenEvent
 from gateway import idempotency
 from gateway import record as records
-from gateway.answers import HEARTBEAT, Chunks, Whole, next_event, retrieval, sse, why_broken
+from gateway.answers import HEARTBEAT, retrieval, sse
 from gateway.bodies import must_have, read_body, read_lines
-from gateway.builders import builder_for
+from gateway.completing import complete, json_response, sse_response
 from gateway.errors import (
     AnswerGone,
     BadRequest,
@@ -29,15 +25,13 @@ from gateway.errors import (
     InputClosed,
     KeyInUse,
     RetrievalUnderWay,
-    UnknownDocument,
 )
 from gateway.holding import on_stream
-from gateway.identity import is_forwarded, tenant_of
+from gateway.identity import tenant_of
 from gateway.keeper import Moved
-from gateway.keys import ENGINES, LIFECYCLE, LOAD, METRICS, RETRIEVALS, SETTINGS, STREAMS
+from gateway.keys import METRICS, SETTINGS, STREAMS
 from gateway.limits import account_of, admit, body_limit, check_room, chunk_limit
-from gateway.placement import ModelPlacer
-from gateway.prompt import Document
+from gateway.opening import known_or_tokenized, open_stream, tokenized
 from gateway.record import Taken
 from gateway.requests import (
     Chunk,
@@ -46,14 +40,12 @@ from gateway.requests import (
     FinishLine,
     FinishPost,
     Options,
-    Ranked,
     RankedList,
     merged,
     read,
 )
 from gateway.resuming import KeptAnswer
-from gateway.retrieving import ANSWER_TOKENS
-from gateway.stream import Stream, Tokenized
+from gateway.stream import Stream
 
 NDJSON = "application/x-ndjson"
 MAX_DIGITS = 18
@@ -68,7 +60,9 @@ async def create(request: web.Request) -> web.StreamResponse:
         return await _create_once(request, key)
     admit(request, stream=True)
     body = await read_body(request, body_limit(request))
-    return _json(await _describe(await _open(request, read(Create, body), kept=True)), 201)
+    return json_response(
+        await _describe(await open_stream(request, read(Create, body), kept=True)), 201
+    )
 
 
 async def _create_once(request: web.Request, key: str) -> web.Response:
@@ -83,13 +77,15 @@ async def _create_once(request: web.Request, key: str) -> web.Response:
             check_room(request, stream=True)
             create = read(Create, body)
             try:
-                stream = await _open(request, create, kept=True, stream_id=stream_id, asked=asked)
+                stream = await open_stream(
+                    request, create, kept=True, stream_id=stream_id, asked=asked
+                )
             except Moved as e:
                 raise KeyInUse("another replica makes the stream of this key") from e
     if found is None:
-        return _json(await _describe(stream), 201)
+        return json_response(await _describe(stream), 201)
     told = await _describe(found) if isinstance(found, Stream) else _recorded(stream_id, found)
-    response = _json(told, 201)
+    response = json_response(told, 201)
     response.headers[idempotency.REPLAYED] = "true"
     return response
 
@@ -100,8 +96,8 @@ async def chunks(request: web.Request, stream: Stream, body: bytes) -> web.Respo
     started_s = time.monotonic()
     account_of(request).check_tokens()
     post = read(ChunkPost, body)
-    seq, taken = await stream.add(_tokenized(request.app, stream, post.all()), post.seq)
-    response = _json(_acknowledged(stream, seq, taken), 202)
+    seq, taken = await stream.add(tokenized(request.app, stream, post.all()), post.seq)
+    response = json_response(_acknowledged(stream, seq, taken), 202)
     took_s = time.monotonic() - started_s
     request.app[METRICS].chunk_seconds.observe(took_s)
     response.headers["Server-Timing"] = f"chunk;dur={1000 * took_s:.3f}"
@@ -115,9 +111,9 @@ async def documents(request: web.Request, stream: Stream, body: bytes) -> web.Re
         raise RetrievalUnderWay("the gateway ranks this stream's documents: post chunks")
     account_of(request).check_tokens()
     ranked = read(RankedList, body)
-    tokenized = _known_or_tokenized(request.app, stream, ranked.documents)
-    seq, taken = await stream.replace(tokenized, ranked.seq)
-    return _json(_acknowledged(stream, seq, taken))
+    new = known_or_tokenized(request.app, stream, ranked.documents)
+    seq, taken = await stream.replace(new, ranked.seq)
+    return json_response(_acknowledged(stream, seq, taken))
 
 
 @on_stream(body_limit)
@@ -128,7 +124,7 @@ async def finish(request: web.Request, stream: Stream, body: bytes) -> web.Strea
     if (key := idempotency.key_of(request)) is not None:
         asked = idempotency.digest(body)
         return await _finish_once(request, stream, options, post.seq, key, asked)
-    return await _complete(request, stream, options, post.seq)
+    return await complete(request, stream, options, post.seq)
 
 
 async def _finish_once(
@@ -188,12 +184,12 @@ async def _read_kept(
     with answer.reading():
         await answer.closed()
         if answer.whole:
-            return _json(await answer.body())
+            return json_response(await answer.body())
         return await _kept_events(request, answer, -1 if last is None else last)
 
 
 async def _kept_events(request: web.Request, answer: KeptAnswer, after: int) -> web.StreamResponse:
-    heartbeat_s, response = request.app[SETTINGS].now.heartbeat_s, _sse_response()
+    heartbeat_s, response = request.app[SETTINGS].now.heartbeat_s, sse_response()
     try:
         async with aclosing(answer.events(after, heartbeat_s)) as events:
             async for event in events:
@@ -213,14 +209,14 @@ async def _kept_events(request: web.Request, answer: KeptAnswer, after: int) -> 
 @on_stream(body_limit)
 async def status(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Where a stream stands."""
-    return _json(await _describe(stream))
+    return json_response(await _describe(stream))
 
 
 @on_stream(body_limit)
 async def cancel(request: web.Request, stream: Stream, body: bytes) -> web.Response:
     """Stop a stream and free its memory."""
     await stream.cancel()
-    return _json(await _describe(stream))
+    return json_response(await _describe(stream))
 
 
 routes = [
@@ -232,106 +228,6 @@ routes = [
     web.get("/v1/streams/{id}", status),
     web.delete("/v1/streams/{id}", cancel),
 ]
-
-
-async def _open(
-    request: web.Request,
-    body: Create,
-    *,
-    kept: bool,
-    stream_id: str | None = None,
-    asked: bytes = b"",
-) -> Stream:
-    """A stream with the documents it begins with, and its retrieval.
-
-    Args:
-        kept: other replicas can go on with it.
-        stream_id, asked: of one that is made under an idempotency key.
-
-    Raises:
-        BadRequest, ContextTooLong, ModelNotFound, EngineFailed, Overloaded, RetrievalRefused
-        Moved: another replica has made it, under the same key.
-    """
-    app, tenant = request.app, tenant_of(request)
-    app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))
-    app[LOAD].check(app[ENGINES].serving(body.model))
-    app[STREAMS].check_crowd(body.model, account_of(request))
-    wanted = body.wanted
-    plan = None if wanted is None else app[RETRIEVALS].plan(wanted, body.messages)
-    builder = await builder_for(app, body.model)
-    prompt = await app[LOAD].tokenizing.frame(builder, body.messages)
-    placer = ModelPlacer(app[ENGINES], body.model, tenant.cache_salt)
-    options = merged(Options(), body)
-    app[ENGINES].admit(body.model, app[STREAMS].alive(body.model))  # others may have come since
-    stream = app[STREAMS].create(
-        tenant, body.model, prompt, placer, options, kept=kept, stream_id=stream_id
-    )
-    stream.asked = asked
-    try:
-        stream.check_length(prompt)
-        if body.documents:
-            stream.take(await _tokenized(app, stream, body.documents)())
-        await stream.begin()
-        if plan is not None:
-            tokenize = partial(app[LOAD].tokenizing.found, builder, tenant.cache_salt)
-            room = _room(stream, placer.max_model_len)
-            stream.retrieval = app[RETRIEVALS].start(stream, plan, tokenize, room)
-    except BaseException:
-        await (stream.cancel() if stream_id is None else app[STREAMS].unmake(stream))
-        raise
-    return stream
-
-
-def _room(stream: Stream, max_model_len: int | None) -> int | None:
-    """Tokens that the documents of a stream may have together; None: nobody knows."""
-    allowed = stream.limits.context_tokens
-    if max_model_len is None:
-        return allowed
-    frame = stream.prompt.length - stream.prompt.context_tokens
-    room = max_model_len - frame - (stream.options.answer_tokens or ANSWER_TOKENS)
-    return room if allowed is None else min(room, allowed)
-
-
-def _tokenized(app: web.Application, stream: Stream, chunks: Sequence[Chunk]) -> Tokenized:
-    async def documents() -> list[Document]:
-        return await _texts(app, stream, [(chunk.text, chunk.id) for chunk in chunks])
-
-    return documents
-
-
-def _known_or_tokenized(
-    app: web.Application, stream: Stream, ranked: Sequence[Ranked]
-) -> Tokenized:
-    """A ranked list; an id that stands alone means what the stream knows by it.
-
-    Raises, when called:
-        BadRequest: the stream does not know an id; nothing has been tokenized then.
-    """
-
-    async def documents() -> list[Document]:
-        known: dict[str | None, Document] = {
-            r.id: _known(stream, r.id) for r in ranked if r.text is None and r.id is not None
-        }
-        new = iter(await _texts(app, stream, [(r.text, r.id) for r in ranked if r.text]))
-        return [known[r.id] if r.text is None else next(new) for r in ranked]
-
-    return documents
-
-
-async def _texts(
-    app: web.Application, stream: Stream, pieces: Sequence[tuple[str, str | None]]
-) -> list[Document]:
-    builder = await builder_for(app, stream.model)
-    return await app[LOAD].tokenizing.documents(builder, pieces, stream.tenant.cache_salt)
-
-
-def _known(stream: Stream, name: str) -> Document:
-    document = stream.known.get(name)
-    if document is None:
-        raise UnknownDocument(
-            f"document {name!r} has no text and is not known here", param="documents"
-        )
-    return document
 
 
 async def _one_request(request: web.Request) -> web.StreamResponse:
@@ -350,13 +246,13 @@ async def _one_request(request: web.Request) -> web.StreamResponse:
     try:
         async with aclosing(read_lines(request, limit, idle_s)) as lines:
             first = must_have(await anext(lines, None), "the body is empty")
-            stream = await _open(request, read(Create, first), kept=False)
+            stream = await open_stream(request, read(Create, first), kept=False)
             async for line in lines:
                 if b'"finish"' in line and (end := _finish_line(line)) is not None:
                     options = merged(stream.options, end)
-                    return await _complete(request, stream, options)
+                    return await complete(request, stream, options)
                 account.check_tokens()
-                await stream.add(_tokenized(request.app, stream, [read(Chunk, line)]), None)
+                await stream.add(tokenized(request.app, stream, [read(Chunk, line)]), None)
         raise BadRequest('the body ended without {"finish": true}')
     finally:
         if stream is not None:
@@ -378,93 +274,12 @@ def _finish_line(line: bytes) -> FinishLine | None:
 async def completion(request: web.Request, body: Create) -> web.StreamResponse:
     """A chat completion whose context the gateway retrieves: open, retrieve, answer."""
     account_of(request).check_streams()
-    stream = await _open(request, body, kept=False)
+    stream = await open_stream(request, body, kept=False)
     options = merged(stream.options, Options(stream=bool(body.stream)))
     try:
-        return await _complete(request, stream, options)
+        return await complete(request, stream, options)
     finally:
         await stream.cancel()
-
-
-async def _complete(
-    request: web.Request, stream: Stream, options: Options, seq: int | None = None
-) -> web.StreamResponse:
-    """Close the input, once what the gateway retrieves itself is in it, and answer.
-
-    Args:
-        seq: number of the last post that is to be in it, if the client says.
-    """
-    lifecycle = request.app[LIFECYCLE]
-    try:
-        if stream.retrieval is not None:
-            async with lifecycle.until_the_end():
-                await stream.retrieval.ended()
-        await stream.finish(options, seq)
-    except asyncio.CancelledError:
-        client_gone = not (lifecycle.ending or is_forwarded(request))
-        if client_gone and stream.state == "open":
-            with suppress(Moved):
-                await stream.cancel()
-        raise
-    return await _answer(request, stream, options)
-
-
-async def _answer(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
-    """Send the answer. A client that goes away cancels the stream; a replica that passes the answer
-    on and goes away gives the client the chance to ask another."""
-    try:
-        await stream.keep()
-        if options.stream is False:
-            return await _whole(request, stream)
-        return await _sse(request, stream, options)
-    except (asyncio.CancelledError, ConnectionError):
-        if is_forwarded(request):
-            await stream.take_back_finish()
-        raise
-    finally:
-        if stream.state != "open":
-            with suppress(Moved):
-                await stream.cancel()
-
-
-async def _whole(request: web.Request, stream: Stream) -> web.Response:
-    whole = Whole(stream)
-    while True:
-        match await next_event(stream, request.app[SETTINGS].now.heartbeat_s):
-            case TokenEvent() as event:
-                whole.add(event)
-            case DoneEvent() as done:
-                return _json(whole.body(done))
-            case ErrorEvent():
-                raise why_broken(stream)
-
-
-async def _sse(request: web.Request, stream: Stream, options: Options) -> web.StreamResponse:
-    usage = options.stream_options is not None and options.stream_options.include_usage
-    chunks = Chunks(stream, usage)
-    response = _sse_response()
-    await response.prepare(request)
-    await response.write(chunks.first())
-    while True:
-        event = await next_event(stream, request.app[SETTINGS].now.heartbeat_s)
-        if event is None:
-            await response.write(HEARTBEAT)
-            continue
-        for line in chunks.of(event):
-            await response.write(line)
-        if isinstance(event, DoneEvent | ErrorEvent):
-            await response.write_eof()
-            return response
-
-
-def _sse_response() -> web.StreamResponse:
-    return web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",
-        }
-    )
 
 
 def _recorded(stream_id: str, record: StreamRecord) -> dict[str, Any]:
@@ -510,7 +325,3 @@ def _handoff(stream: Stream) -> dict[str, Any] | None:
 
 def _acknowledged(stream: Stream, seq: int, taken: Taken) -> dict[str, Any]:
     return {"id": stream.id, "seq": seq, **msgspec.structs.asdict(taken)}
-
-
-def _json(body: dict[str, Any], status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")

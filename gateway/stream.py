@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, ParamSpec, TypeVar
 from weakref import WeakMethod
 
 from engine_adapter.errors import EngineError
@@ -60,6 +60,9 @@ ALIVE = ("open", "finishing")
 
 Tokenized = Callable[[], Awaitable[list[Document]]]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Stream:
     """A stream and its tasks. Made by `Streams`, which ends it."""
@@ -95,7 +98,7 @@ class Stream:
         self.options = options
         self.line = Line(
             stream_id, placer, lease_s=lease_s, tenant=self.tenant,
-            contested=_still(self._contested), free=_still_there(self._free), metrics=metrics,
+            contested=_still(self._contested), free=_still(self._free), metrics=metrics,
         )  # fmt: skip
         self.books = Books(self, keeper)
         self.taken: list[Taken] = []
@@ -560,25 +563,12 @@ class Stream:
             self._end("done")
 
 
-def _still(method: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-    """Calls a method of whoever is still there, without keeping it alive."""
+def _still(method: Callable[P, T]) -> Callable[P, T | None]:
+    """Calls a method of whoever is still there, without keeping it alive; None if nobody is."""
     found = WeakMethod(method)
 
-    async def call() -> None:
-        if (bound := found()) is not None:
-            await bound()
-
-    return call
-
-
-def _still_there(
-    method: Callable[[Engine | None, str], None],
-) -> Callable[[Engine | None, str], None]:
-    """As `_still`."""
-    found = WeakMethod(method)
-
-    def call(engine: Engine | None, prompt_id: str) -> None:
-        if (bound := found()) is not None:
-            bound(engine, prompt_id)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        bound = found()
+        return None if bound is None else bound(*args, **kwargs)
 
     return call
