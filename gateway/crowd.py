@@ -7,10 +7,17 @@ window (Brakmo, O'Malley and Peterson, 1994) and Netflix's concurrency-limits a 
     queue = mean number of streams that wait for their first token
             - answers per second * mean TTFT when nobody was in the way
 
-A stream that is let in now joins that queue when its retrieval has ended, so the bound is moved
-once in the time that a stream takes to its first token, and by half of what is too much. It never
-falls below the streams that the best turn of late would have needed without any queue, as BBR has
-it (Cardwell and others, 2016): an engine that stood still for a moment is not taken for a slow one.
+or, if that is more, what those who have one have waited too long per second. It is too long if it
+costs each more than one and a half times its TTFT without it. A stream that is let in now joins
+that queue when its retrieval has ended, so the bound is moved once in twice the time that this
+takes, and by half of what is too much. It never falls below the streams that the best turn of late
+would have needed without any queue, as BBR has it (Cardwell and others, 2016): an engine that stood
+still for a moment is not taken for a slow one.
+
+Streams are also let in evenly, at the bound over the time that one is open (Little again), a few
+more at once: BBR's pacing. Where one may come for each that ends, those that have queued together
+let others in together, who queue together when their retrieval has ended: with as many open, fewer
+are answered, and the slowest wait twice as long.
 """
 
 from __future__ import annotations
@@ -23,21 +30,22 @@ from collections.abc import Callable
 from gateway.errors import Overloaded
 
 LEAST = 8
-FEW, MANY = 1.0, 2.0
-"""Times the decimal logarithm of the streams: a queue below the one lets the bound rise, above the
-other fall. Netflix's are 3 and 6, for requests that all wait; of streams most still retrieve."""
-TOLERATED_S = 0.1
-"""Whom a queue costs no more than this, it does not hurt."""
-NEARLY_NONE = 0.1
-"""Of a short queue: such a one says that the bound is far too low."""
+TOLERATED, TOLERATED_S = 1.5, 0.1
+"""What a queue may cost each: so many times its TTFT without it, and in any case."""
+SHORT, NEARLY_NONE = 0.5, 0.05
+"""Of the longest queue that is tolerated: a shorter one lets the bound rise, one that hardly is
+there says that it is far too low."""
 LEAP, GROWTH = 1.5, 1.05
 """Factors of the bound when it rises: while there is nearly no queue, and else."""
 LATE_S = 60.0
 SHARE = 0.5
 """Of what a queue has too many: by this the bound falls."""
 MIN_ANSWERS = 10
-"""What fewer have waited says nothing; but a queue is looked at after four times its turn."""
-MIN_TURN_S = 1.0
+"""What fewer have waited says nothing; but a queue is looked at after twice its turn."""
+TURN, MIN_TURN_S = 2.0, 1.0
+"""Of the time from a stream's opening to its first token, and in any case."""
+TOGETHER, MIN_TOGETHER = 0.125, 2.0
+"""Of the bound, and in any case: so many may be let in at once."""
 SMOOTHING = 0.05
 
 
@@ -50,8 +58,15 @@ class Crowd:
         self._clock_s = clock_s
         self._unhindered_s: float | None = None
         """Least mean TTFT of any turn."""
-        self._to_first_token_s = 0.0
-        """From the opening of a stream, smoothed."""
+        self._retrieval_s = 0.0
+        """From the opening of a stream to its question, smoothed."""
+        self._life_s = 0.0
+        """From its opening to its end, less what others have cost it, smoothed."""
+        self._hindered_s = 0.0
+        """What others have cost each, in the turn before."""
+        self._room = 0.0
+        """Streams that may be let in at this moment, as far as the pace goes."""
+        self._paced_s = clock_s()
         self._needed: deque[tuple[float, float]] = deque()
         """When turns of late have ended, and the streams that would have been enough for them."""
         self._waiting = 0
@@ -80,10 +95,13 @@ class Crowd:
             Overloaded
         """
         self._go_on()
+        self._make_room()
         self._peak = max(self._peak, alive)
-        if alive + 1 > self.bound and own + 1 > share * self.bound:
+        most = self.bound if alive + 1 > self.bound else alive
+        if (alive + 1 > self.bound or self._room < 1.0) and own + 1 > share * most:
             self._full = True
             raise Overloaded(f"{alive} streams are open, more than are answered without a queue")
+        self._room = max(self._room - 1.0, 0.0)
 
     def asked(self) -> None:
         """The input of one was closed: it waits for its first token."""
@@ -101,8 +119,15 @@ class Crowd:
         self._answers += 1
         self._ttft_s += ttft_s
         self._open_s += open_s
-        weight = SMOOTHING if self._to_first_token_s else 1.0
-        self._to_first_token_s += weight * (open_s - self._to_first_token_s)
+        self._retrieval_s = _smoothed(self._retrieval_s, open_s - ttft_s)
+
+    def ended(self, life_s: float) -> None:
+        """One has had its whole answer.
+
+        Args:
+            life_s: since it was opened.
+        """
+        self._life_s = _smoothed(self._life_s, max(life_s - self._hindered_s, 0.0))
 
     def left(self) -> None:
         """One does not wait any more."""
@@ -115,27 +140,44 @@ class Crowd:
         now_s = self._clock_s()
         self._waited_s += self._waiting * (now_s - self._now_s)
         self._now_s = now_s
-        lasted_s, due_s = now_s - self._turn_s, max(MIN_TURN_S, self._to_first_token_s)
-        if lasted_s >= due_s and (self._answers >= MIN_ANSWERS or lasted_s >= 4 * due_s):
+        to_first_token_s = self._retrieval_s + (self._unhindered_s or 0.0)
+        lasted_s, due_s = now_s - self._turn_s, max(MIN_TURN_S, TURN * to_first_token_s)
+        if lasted_s >= due_s and (self._answers >= MIN_ANSWERS or lasted_s >= 2 * due_s):
             self._learn(lasted_s)
             self._begin_turn()
+
+    def _make_room(self) -> None:
+        """As much as the time that has gone by since a stream last came is worth."""
+        together = max(TOGETHER * self.bound, MIN_TOGETHER)
+        if not self._life_s or math.isinf(self.bound):
+            self._room = together
+        else:
+            passed_s = self._now_s - self._paced_s
+            self._room = min(self._room + passed_s * self.bound / self._life_s, together)
+        self._paced_s = self._now_s
 
     def _learn(self, lasted_s: float) -> None:
         if self._answers >= MIN_ANSWERS:
             mean_s = self._ttft_s / self._answers
             self._unhindered_s = min(self._unhindered_s or mean_s, mean_s)
+            self._hindered_s = mean_s - self._unhindered_s
         unhindered_s = self._unhindered_s or 0.0
         hindered_s = self._ttft_s - self._answers * unhindered_s
-        self._needed.append((self._now_s, (self._open_s - hindered_s) / lasted_s))
+        busy_s = self._answers * self._life_s if self._life_s else self._open_s - hindered_s
+        self._needed.append((self._now_s, busy_s / lasted_s))
         while self._needed[0][0] < self._now_s - LATE_S:
             self._needed.popleft()
-        queue = (self._waited_s - self._answers * unhindered_s) / lasted_s
-        streams = min(self.bound, self._peak)
-        scale = math.log10(max(streams, 10.0))
-        most = max(MANY * scale, TOLERATED_S * self._answers / lasted_s)
-        if queue > most:
+        waited_s = self._waited_s - self._answers * unhindered_s
+        queue = max(waited_s, hindered_s) / lasted_s
+        longest = max(TOLERATED_S, TOLERATED * unhindered_s) * self._answers / lasted_s
+        if queue > longest:
+            streams = min(self.bound, self._peak)
             needed = max(streams for _, streams in self._needed)
-            self.bound = max(streams - SHARE * (queue - most), needed, LEAST)
-        elif self._full and queue < FEW * scale:
-            leaps = queue < NEARLY_NONE * FEW * scale
+            self.bound = max(streams - SHARE * (queue - longest), needed, LEAST)
+        elif self._full and queue < SHORT * longest:
+            leaps = queue < NEARLY_NONE * longest
             self.bound = self.bound * (LEAP if leaps else GROWTH) + 1
+
+
+def _smoothed(before: float, value: float) -> float:
+    return before + SMOOTHING * (value - before) if before else value

@@ -107,11 +107,12 @@ class World:
         self._free += 1
         phase.ttft_s.append(self.now_s - asked_s)
         self.crowd.answered(phase.ttft_s[-1], self.now_s - opened_s)
-        self._after(DECODE_S, self._ends)
+        self._after(DECODE_S, self._ends, opened_s)
         self._serve()
 
-    def _ends(self) -> None:
+    def _ends(self, opened_s: float) -> None:
         self._alive -= 1
+        self.crowd.ended(self.now_s - opened_s)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -199,6 +200,39 @@ def test_whatever_streams_do_some_are_let_in(
             waiting -= 1
             crowd.answered(took_s, took_s + 1) if what == "answered" else crowd.left()
         assert crowd.bound >= LEAST
+
+
+def test_those_that_crowd_in_are_let_in_evenly() -> None:
+    now_s = 0.0
+    crowd = Crowd(lambda: now_s)
+    crowd.bound = 40.0
+    crowd.ended(4.0)  # so one more every 0.1 s keeps 40 open
+    let_in = list[float]()
+    for step in range(2000):
+        now_s = step / 100
+        try:
+            crowd.check(20, 20, 1.0)
+            let_in.append(now_s)
+        except Overloaded:
+            pass
+    assert 195 <= len(let_in) <= 206
+    gaps = [later - sooner for sooner, later in itertools.pairwise(let_in[10:])]
+    assert max(gaps) < 0.15
+    assert min(gaps) > 0.05
+
+
+def test_whoever_has_less_than_its_share_does_not_wait_for_that() -> None:
+    now_s = 0.0
+    crowd = Crowd(lambda: now_s)
+    crowd.bound = 40.0
+    crowd.ended(4.0)
+    now_s = 10.0
+    crowd.check(20, 19, 0.5)  # of the few that may come at once
+    for _ in range(5):
+        crowd.check(20, 1, 0.5)
+    with pytest.raises(Overloaded):
+        crowd.check(20, 19, 0.5)
+    crowd.check(20, 1, 0.5)
 
 
 def bounded(app: web.Application, bound: float) -> Crowd:
