@@ -46,6 +46,8 @@ TURN, MIN_TURN_S = 2.0, 1.0
 """Of the time from a stream's opening to its first token, and in any case."""
 TOGETHER, MIN_TOGETHER = 0.125, 2.0
 """Of the bound, and in any case: so many may be let in at once."""
+CROWDED = 0.25
+"""Of the bound: while fewer are open, nobody is let in too soon."""
 SMOOTHING = 0.05
 
 
@@ -97,8 +99,9 @@ class Crowd:
         self._go_on()
         self._make_room()
         self._peak = max(self._peak, alive)
-        most = self.bound if alive + 1 > self.bound else alive
-        if (alive + 1 > self.bound or self._room < 1.0) and own + 1 > share * most:
+        full = alive + 1 > self.bound
+        hurried = self._room < 1.0 and alive >= max(LEAST, CROWDED * self.bound)
+        if (full or hurried) and own + 1 > share * (self.bound if full else alive):
             self._full = True
             raise Overloaded(f"{alive} streams are open, more than are answered without a queue")
         self._room = max(self._room - 1.0, 0.0)
