@@ -25,6 +25,8 @@ MODEL = "simulated"
 SPARE_PROMPTS = 1000
 """More than the streams that are to be open: some are being answered or freed."""
 END_S = 10.0
+SILENCE_S = 60.0
+"""After which a gateway ends a stream: of one whose opening got no answer in time nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def stand(gateways: int, streams: int, *, shared: bool) -> Iterator[Stand]:
     engine = Server("simulated", command, port=port, ready_path="/health")
     with ExitStack() as running:
         running.enter_context(engine).start()
-        extra = ["--max-streams", prompts]
+        extra = ["--max-streams", prompts, "--idle-timeout-s", str(SILENCE_S)]
         own, *others = sorted(os.sched_getaffinity(0))
         if shared:
             redis = running.enter_context(redis_server()).start().wait_ready(20)

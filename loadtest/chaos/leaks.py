@@ -17,8 +17,8 @@ from loadtest.chaos.bed import Bed, Node
 CLOSED_S = 30.0
 """Gateways close connections that are idle so long."""
 SPARE_S = 15.0
-SPARE_FILES, SPARE_TASKS = 4, 4
-"""Connections for questions to engines, and the tasks of these very questions, come and go."""
+SPARE_FILES, SPARE_TASKS = 16, 4
+"""Questions to engines keep up to eight connections to each in use, in turn; their tasks come and go."""
 TRACEBACK = re.compile(r"^Traceback[^\n]*\n(?:[ \t][^\n]*\n)*([^\n]*)", re.MULTILINE)
 """Its last line is the group."""
 
