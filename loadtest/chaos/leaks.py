@@ -18,7 +18,7 @@ CLOSED_S = 30.0
 """Gateways close connections that are idle so long."""
 SPARE_S = 15.0
 SPARE_FILES, SPARE_TASKS = 16, 4
-"""Questions to engines keep up to eight connections to each in use, in turn; their tasks come and go."""
+"""Questions to engines keep up to eight connections to each in use; their tasks come and go."""
 TRACEBACK = re.compile(r"^Traceback[^\n]*\n(?:[ \t][^\n]*\n)*([^\n]*)", re.MULTILINE)
 """Its last line is the group."""
 
