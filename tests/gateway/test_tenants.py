@@ -24,6 +24,7 @@ from gateway.keys import RELOADER, TENANTS
 from gateway.logs import fields_of
 from gateway.prompt import PromptBuilder, Tokens
 from gateway.tenants import EVERYBODY, Tenant, Tenants, TenantsError, hashed, new
+from tests.conftest import until
 from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
 
 pytestmark = pytest.mark.slow
@@ -113,7 +114,11 @@ async def salts(at: Gateway, http: httpx.AsyncClient) -> list[str | None]:
     """Of an open prompt at the engine, and of a plain completion."""
     stream_id = (await http.post("/v1/streams", json=BODY)).json()["id"]
     await http.post(f"/v1/streams/{stream_id}/chunks", json={"text": "x"})
-    await http.get(f"/v1/streams/{stream_id}")
+
+    async def at_the_engine() -> bool:
+        return stream_id in at.engine.sessions._sessions
+
+    await until(at_the_engine, within_s=10)
     session = at.engine.sessions._sessions[stream_id]
     await http.post("/v1/chat/completions", json=BODY)
     return [session.cache_salt, asked[-1].get("cache_salt")]
