@@ -70,3 +70,9 @@ async def gateway(
         )
         async with TestServer(app, port=port) as server:
             yield Gateway(app, str(server.make_url("")).rstrip("/"), engine)
+
+
+def events(text: str) -> list[tuple[int, str]]:
+    """Number and data of each event; signs of life are left out."""
+    blocks = [b.splitlines() for b in text.split("\n\n") if b.startswith("id: ")]
+    return [(int(lines[0][4:]), lines[1]) for lines in blocks]

@@ -18,7 +18,7 @@ from gateway.errors import EngineFailed
 from gateway.requests import Options
 from gateway.stream import Stream
 from tests.conftest import until
-from tests.gateway.tenancy import BODY, Gateway, gateway
+from tests.gateway.tenancy import BODY, Gateway, events, gateway
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +41,6 @@ async def http(at: Gateway) -> AsyncIterator[httpx.AsyncClient]:
 
 async def opened(http: httpx.AsyncClient) -> str:
     return f"/v1/streams/{(await http.post('/v1/streams', json=BODY)).json()['id']}"
-
-
-def events(text: str) -> list[tuple[int, str]]:
-    """Number and data of each event; signs of life are left out."""
-    blocks = [b.splitlines() for b in text.split("\n\n") if b.startswith("id: ")]
-    return [(int(lines[0][4:]), lines[1]) for lines in blocks]
 
 
 async def cut_off(http: httpx.AsyncClient, path: str, **more: Any) -> str:

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from gateway.identity import FORWARDED
 from gateway.keys import KEEPER, METRICS
-from tests.gateway.tenancy import BODY, Gateway, gateway, tenants_file
+from tests.gateway.tenancy import BODY, Gateway, events, gateway, tenants_file
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -64,7 +64,9 @@ async def test_a_key_finds_its_stream_at_the_other_replica_and_its_answer_too(
         assert other.status_code == 422
         whole = await http.post(path + "/finish", headers=headers)
     async with one.client(keys["a"]) as http:
-        assert (await http.get(path + "/answer")).text == whole.text
+        again = await http.get(path + "/answer")
+        assert events(again.text) == events(whole.text)
+        assert again.text.endswith("data: [DONE]\n\n")
 
 
 async def test_a_key_at_two_replicas_at_once_makes_one_stream(
