@@ -63,6 +63,8 @@ class Answering:
             self._metrics.prompt_tokens.inc(event.prompt_tokens)
             self._metrics.cached_tokens.inc(event.cached_tokens)
             self._metrics.completion_tokens.inc(event.completion_tokens)
+            if self.ttft_s is not None:
+                self._crowd.ended(self.ttft_s, time.monotonic() - self._opened_s)
         self.begun = True
         self._events.put_nowait(event)
         return self._tokens - before

@@ -8,9 +8,10 @@ window (Brakmo, O'Malley and Peterson, 1994) and Netflix's concurrency-limits a 
             - answers per second * mean TTFT when nobody was in the way
 
 or, if that is more, what those who have one have waited too long per second. It is too long if it
-costs each more than one and a half times its TTFT without it. A stream that is let in now joins
-that queue when its retrieval has ended, so the bound is moved once in twice the time that this
-takes, and by half of what is too much. It never falls below the streams that the best turn of late
+costs each more than twice its TTFT without it, and has more than two streams: where few are asked
+for, one answer that is slow by itself is no queue. A stream that is let in now joins that queue
+when its retrieval has ended, so the bound is moved once in twice the time that this takes, and by
+three quarters of what is too much. It never falls below the streams that the best turn of late
 would have needed without any queue, as BBR has it (Cardwell and others, 2016): an engine that stood
 still for a moment is not taken for a slow one.
 
@@ -26,19 +27,22 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from gateway.errors import Overloaded
 
 LEAST = 8
-TOLERATED, TOLERATED_S = 1.5, 0.1
+TOLERATED, TOLERATED_S = 2.0, 0.1
 """What a queue may cost each: so many times its TTFT without it, and in any case."""
+TOLERATED_STREAMS = 2.0
+"""What a queue may have, whatever it costs."""
 SHORT, NEARLY_NONE = 0.5, 0.05
 """Of the longest queue that is tolerated: a shorter one lets the bound rise, one that hardly is
 there says that it is far too low."""
 LEAP, GROWTH = 1.5, 1.05
 """Factors of the bound when it rises: while there is nearly no queue, and else."""
 LATE_S = 60.0
-SHARE = 0.5
+SHARE = 0.75
 """Of what a queue has too many: by this the bound falls."""
 MIN_ANSWERS = 10
 """What fewer have waited says nothing; but a queue is looked at after twice its turn."""
@@ -49,6 +53,15 @@ TOGETHER, MIN_TOGETHER = 0.125, 2.0
 CROWDED = 0.25
 """Of the bound: while fewer are open, nobody is let in too soon."""
 SMOOTHING = 0.05
+
+
+class Turn(NamedTuple):
+    """What was seen between two looks at the bound."""
+
+    ended_s: float
+    answers_per_s: float
+    life_s: float
+    """Mean time that streams were open; infinite if too few have ended to say."""
 
 
 class Crowd:
@@ -63,14 +76,13 @@ class Crowd:
         self._retrieval_s = 0.0
         """From the opening of a stream to its question, smoothed."""
         self._life_s = 0.0
-        """From its opening to its end, less what others have cost it, smoothed."""
-        self._hindered_s = 0.0
-        """What others have cost each, in the turn before."""
+        """From its opening to its end, less what others have cost it before its first token: the
+        least mean of late. More of them also slow each other's answers down."""
         self._room = 0.0
         """Streams that may be let in at this moment, as far as the pace goes."""
         self._paced_s = clock_s()
-        self._needed: deque[tuple[float, float]] = deque()
-        """When turns of late have ended, and the streams that would have been enough for them."""
+        self._turns: deque[Turn] = deque()
+        """Those of late."""
         self._waiting = 0
         self._now_s = clock_s()
         self._begin_turn()
@@ -80,6 +92,7 @@ class Crowd:
         self._waited_s = 0.0
         """Of all streams together, for their first tokens."""
         self._answers, self._ttft_s, self._open_s = 0, 0.0, 0.0
+        self._ended, self._lived_s = 0, 0.0
         self._peak, self._full = 0, False
 
     # What streams do.
@@ -124,13 +137,16 @@ class Crowd:
         self._open_s += open_s
         self._retrieval_s = _smoothed(self._retrieval_s, open_s - ttft_s)
 
-    def ended(self, life_s: float) -> None:
+    def ended(self, ttft_s: float, life_s: float) -> None:
         """One has had its whole answer.
 
         Args:
+            ttft_s: of that.
             life_s: since it was opened.
         """
-        self._life_s = _smoothed(self._life_s, max(life_s - self._hindered_s, 0.0))
+        hindered_s = max(ttft_s - (self._unhindered_s or ttft_s), 0.0)
+        self._ended += 1
+        self._lived_s += life_s - hindered_s
 
     def left(self) -> None:
         """One does not wait any more."""
@@ -163,23 +179,35 @@ class Crowd:
         if self._answers >= MIN_ANSWERS:
             mean_s = self._ttft_s / self._answers
             self._unhindered_s = min(self._unhindered_s or mean_s, mean_s)
-            self._hindered_s = mean_s - self._unhindered_s
         unhindered_s = self._unhindered_s or 0.0
         hindered_s = self._ttft_s - self._answers * unhindered_s
-        busy_s = self._answers * self._life_s if self._life_s else self._open_s - hindered_s
-        self._needed.append((self._now_s, busy_s / lasted_s))
-        while self._needed[0][0] < self._now_s - LATE_S:
-            self._needed.popleft()
+        needed = self._needed(lasted_s, (self._open_s - hindered_s) / max(self._answers, 1))
         waited_s = self._waited_s - self._answers * unhindered_s
         queue = max(waited_s, hindered_s) / lasted_s
         longest = max(TOLERATED_S, TOLERATED * unhindered_s) * self._answers / lasted_s
-        if queue > longest:
+        if queue > max(longest, TOLERATED_STREAMS):
             streams = min(self.bound, self._peak)
-            needed = max(streams for _, streams in self._needed)
             self.bound = max(streams - SHARE * (queue - longest), needed, LEAST)
         elif self._full and queue < SHORT * longest:
             leaps = queue < NEARLY_NONE * longest
             self.bound = self.bound * (LEAP if leaps else GROWTH) + 1
+
+    def _needed(self, lasted_s: float, to_first_token_s: float) -> float:
+        """Streams that the best turn of late would have needed without any queue.
+
+        Args:
+            to_first_token_s: mean of this turn; taken for the time that a stream is open while
+                none has ended.
+        """
+        lived_s = self._lived_s / self._ended if self._ended >= MIN_ANSWERS else math.inf
+        self._turns.append(Turn(self._now_s, self._answers / lasted_s, lived_s))
+        while self._turns[0].ended_s < self._now_s - LATE_S:
+            self._turns.popleft()
+        least_s = min(turn.life_s for turn in self._turns)
+        if least_s < math.inf:
+            self._life_s = least_s
+        answers_per_s = max(turn.answers_per_s for turn in self._turns)
+        return answers_per_s * (self._life_s or to_first_token_s)
 
 
 def _smoothed(before: float, value: float) -> float:

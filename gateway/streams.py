@@ -254,8 +254,6 @@ class Streams:
         self._alive -= 1
         self._alive_of[stream.model] -= 1
         stream.account.streams -= 1
-        if stream.state == "done":
-            self._crowd(stream.model).ended(time.monotonic() - stream.begun_s)
         self._metrics.open_streams.set(self._alive)
         if stream.retrieval is not None:
             stream.retrieval.cancel()
