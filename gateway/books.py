@@ -8,8 +8,9 @@ from weakref import ref
 
 from gateway.chain import BlockChain
 from gateway.keeper import Keeper
+from gateway.prefix import Prefix
 from gateway.prompt import Document, Prompt
-from gateway.record import About, Kept, Ledger, digest, pack
+from gateway.record import About, Digest, Kept, Ledger, pack
 
 if TYPE_CHECKING:
     from gateway.stream import Stream
@@ -29,7 +30,7 @@ class Books:
         self._shared = keeper is not None and keeper.shared
         self._rewrites = 0
         self._chain: BlockChain | None = None
-        self._digested = (0, 0, digest([]))  # of so many tokens, after so many rewrites
+        self._digested, self._digested_rewrites = Digest(), 0
 
     @property
     def _stream(self) -> Stream:
@@ -84,11 +85,11 @@ class Books:
         if self._chain is not None:
             self._chain.append([token for document in new for token in document.tokens])
 
-    def rewritten(self, tokens: list[int], kept: int) -> None:
-        """The prompt is these tokens now, of which the first `kept` are as before."""
+    def rewritten(self, prefix: Prefix, kept: int) -> None:
+        """The prompt begins with these tokens now, of which the first `kept` are as before."""
         self._rewrites += 1
         if self._chain is not None:
-            self._chain.rewrite(tokens, kept)
+            self._chain.rewrite(prefix.all(), kept)
 
     @property
     def behind(self) -> bool:
@@ -120,7 +121,7 @@ class Books:
             engine="" if stream.engine is None else stream.engine.url,
             state=stream.state,
             about=about,
-            prompt=Prompt((), ()) if stream.ended else stream.prompt,
+            prompt=Prompt.framed((), ()) if stream.ended else stream.prompt,
             taken=tuple(stream.taken),
             confirmed=confirmed,
             rewrites=self._rewrites + stream.ended,
@@ -128,10 +129,12 @@ class Books:
         )
 
     def _digest(self, confirmed: int) -> bytes:
-        if self._digested[:2] != (confirmed, self._rewrites):
-            tokens = self._stream.prompt.open_tokens[:confirmed]
-            self._digested = (confirmed, self._rewrites, digest(tokens))
-        return self._digested[2]
+        """Of the first tokens; what was digested before is not digested again."""
+        if self._digested_rewrites != self._rewrites or confirmed < len(self._digested):
+            self._digested, self._digested_rewrites = Digest(), self._rewrites
+        begun = len(self._digested)
+        self._digested.add(self._stream.prompt.open.behind(begun)[: confirmed - begun])
+        return self._digested.value
 
     def _block_names(self) -> bytes:
         """Of the prompt's whole blocks, as its engine names them; none before it has one."""
@@ -141,5 +144,5 @@ class Books:
             return b""
         if self._chain is None or self._chain.hashing != hashing:
             salt = self._stream.tenant.cache_salt
-            self._chain = BlockChain(hashing, self._stream.prompt.open_tokens, salt)
+            self._chain = BlockChain(hashing, self._stream.prompt.open.all(), salt)
         return self._chain.names

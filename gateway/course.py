@@ -40,6 +40,7 @@ from gateway.handoff import (
     queued,
 )
 from gateway.line import Asked, Line
+from gateway.prefix import Prefix
 from gateway.prompt import Prompt
 from gateway.telemetry import Metrics
 from gateway.told import Account, Differs, Told, hold_chars
@@ -80,7 +81,7 @@ class Course:
         """What was decided; None while no engine has been asked."""
         self._line, self._decoders = line, decoders
         self._rule, self._metrics = rule, metrics
-        self._wanted, self._tail = prompt.open_tokens, prompt.tail
+        self._wanted, self._tail = prompt.open, prompt.tail
         self._sampling = sampling
         self._two_alike = is_greedy(sampling) or sampling.seed is not None
         # With a seed two engines draw the same tokens, also where the client gives none.
@@ -242,7 +243,7 @@ class Course:
     async def _continue(self) -> DoneEvent:
         """The answer to the prompt and what was told of its answer."""
         before, last = self._told.tokens[:-1], self._told.tokens[-1]
-        wanted = [*self._wanted, *self._tail, *before]
+        wanted = self._wanted.extended([*self._tail, *before])
         account = Account(self._told, retold=False)
         rest = self._told.rest(self._seeded)
         return self._whole(await self._elsewhere(wanted, [last], rest, account), len(before) + 1)
@@ -255,7 +256,7 @@ class Course:
         return self._whole(done, 0)
 
     async def _elsewhere(
-        self, wanted: list[int], tail: Sequence[int], sampling: Sampling, account: Account
+        self, wanted: Prefix, tail: Sequence[int], sampling: Sampling, account: Account
     ) -> DoneEvent:
         """A fresh prefill and its answer."""
         self._forget()
@@ -267,13 +268,13 @@ class Course:
             engine = self._chosen()
             if engine is None:
                 raise
-        events = self._at_decoder(engine, [*wanted, *tail], sampling, None)
+        events = self._at_decoder(engine, [*wanted.all(), *tail], sampling, None)
         return await self._followed(events, account, STALL_S)
 
     # One engine's part.
 
     def _at_line(
-        self, wanted: list[int], tail: Sequence[int], how: Callable[[Engine], Asked]
+        self, wanted: Prefix, tail: Sequence[int], how: Callable[[Engine], Asked]
     ) -> Events:
         self._decoder = None
         return aclosing(self._line.answer(wanted, tail, how))
@@ -390,7 +391,7 @@ class Course:
 
     @property
     def _prompt(self) -> list[int]:
-        return [*self._wanted, *self._tail]
+        return [*self._wanted.all(), *self._tail]
 
     @property
     def _prompt_tokens(self) -> int:

@@ -39,7 +39,7 @@ from engine_adapter.operations import Operations
 from gateway.engines import Engine
 from gateway.errors import EngineFailed
 from gateway.handoff import Decoders
-from gateway.prompt import difference
+from gateway.prefix import Prefix
 from gateway.routing import Decision
 from gateway.telemetry import Metrics
 from gateway.tenants import Tenant
@@ -123,9 +123,13 @@ class Line:
         self._avoid: set[Engine] = set()
         self._full: EngineOverloaded | None = None  # said by one of these
         self._bringing = asyncio.Lock()
-        self._sent: list[int] | None = None  # tokens of the newest operation; None: not open
+        self._sent: Prefix | None = None  # the prompt of the newest operation; None: not open
         self._version = -1
         self._common = 0  # what `confirmed` becomes when the newest operation is answered
+
+    @property
+    def _held(self) -> Prefix:
+        return Prefix.of() if self._sent is None else self._sent
 
     @property
     def is_open(self) -> bool:
@@ -163,20 +167,20 @@ class Line:
 
     def resume(self, prompt_id: str, version: int, tokens: list[int], confirmed: int) -> None:
         """Go on with a prompt that another replica has opened at the engine."""
-        self.prompt_id, self._version, self._sent = prompt_id, version, tokens
+        self.prompt_id, self._version, self._sent = prompt_id, version, Prefix.of(tokens)
         self._common = self.confirmed = confirmed
 
     def rewritten(self, kept: int) -> None:
         """The prompt has changed behind its first `kept` tokens."""
         self._common, self.confirmed = min(self._common, kept), min(self.confirmed, kept)
 
-    def ahead(self, wanted: list[int]) -> int:
+    def ahead(self, wanted: Prefix) -> int:
         """Tokens of a prompt that no operation has carried to an engine yet."""
-        return len(difference(self._sent or [], wanted)[1])
+        return len(self._held.difference(wanted)[1])
 
     # What is carried.
 
-    async def bring(self, wanted: list[int]) -> None:
+    async def bring(self, wanted: Prefix) -> None:
         """Make the engine's prompt these tokens.
 
         Raises:
@@ -201,7 +205,7 @@ class Line:
                         await self._recover(e)
 
     async def answer(
-        self, wanted: list[int], tail: Sequence[int], how: Callable[[Engine], Asked]
+        self, wanted: Prefix, tail: Sequence[int], how: Callable[[Engine], Asked]
     ) -> AsyncGenerator[Event, None]:
         """Close the prompt with these tokens and its tail; the events of the answer.
 
@@ -218,7 +222,7 @@ class Line:
                 if self._sent is None:
                     await self.bring(wanted)
                 prompt_id = self.prompt_id
-                async with aclosing(self._finish([*wanted, *tail], how)) as events:
+                async with aclosing(self._finish(wanted.extended(tail), how)) as events:
                     async for event in events:
                         begun = True
                         yield event
@@ -232,25 +236,25 @@ class Line:
                 if prompt_id == self.prompt_id:
                     await self._recover(e)
 
-    async def _find_engine(self, wanted: list[int]) -> None:
+    async def _find_engine(self, wanted: Prefix) -> None:
         try:
-            self.connect(*await self._placer.place(wanted, self._avoid))
+            self.connect(*await self._placer.place(wanted.all(), self._avoid))
         except EngineFailed as e:
             if self._full is not None:  # there are engines, but none has room
                 raise self._full from e
             raise
 
-    async def _send(self, wanted: list[int]) -> None:
+    async def _send(self, wanted: Prefix) -> None:
         """One operation."""
         client, sent_s = self._client, time.monotonic()
         if self._sent is None:
             self._sent, self._version, self._common = wanted, 0, len(wanted)
             self._metrics.operations.labels("open").inc()
             salt, weight = self.tenant.cache_salt, self.tenant.weight
-            op = Open(tokens=wanted, cache_salt=salt, weight=weight, lease_s=self._lease_s)
+            op = Open(tokens=wanted.all(), cache_salt=salt, weight=weight, lease_s=self._lease_s)
             self._note(await client.open(self.prompt_id, op), sent_s)
             return
-        keep, tokens = difference(self._sent, wanted)
+        keep, tokens = self._sent.difference(wanted)
         if keep == len(self._sent) and not tokens:
             return
         self._sent, self._version, self._common = wanted, self._version + 1, len(wanted)
@@ -259,12 +263,12 @@ class Line:
         self._note(await client.extend(self.prompt_id, extend), sent_s)
 
     async def _finish(
-        self, wanted: list[int], how: Callable[[Engine], Asked]
+        self, wanted: Prefix, how: Callable[[Engine], Asked]
     ) -> AsyncGenerator[Event, None]:
         client, engine = self._client, self.engine
         assert engine is not None
         asked = how(engine)
-        keep, tokens = difference(self._sent or [], wanted)
+        keep, tokens = self._held.difference(wanted)
         op = Finish(
             version=self._version + 1,
             keep=keep,
@@ -322,7 +326,8 @@ class Line:
         except UnknownPrompt:
             self._forget()
         else:
-            self._sent, self._version, self._common = has.tokens, has.version, self.confirmed
+            self._sent, self._version = Prefix.of(has.tokens), has.version
+            self._common = self.confirmed
 
     def _forget(self) -> None:
         """The engine does not have the prompt: begin again under a new id."""

@@ -1,4 +1,4 @@
-"""Prompts: the chat template split around the documents, tokens, differences.
+"""Prompts: the chat template split around the documents, and tokens.
 
 Tokens, not text, go to the engines: a stream's prompt is exactly the concatenation of its
 head's, its documents' and its tail's tokens, each tokenized on its own.
@@ -12,12 +12,13 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from transformers import AutoTokenizer
 
 from gateway.errors import BadRequest, ContextTooLong
+from gateway.prefix import Prefix
 
 DOCUMENTS = "{{documents}}"
 """Where a message's content has this, the documents go."""
@@ -46,37 +47,33 @@ class Prompt:
 
     head: Tokens
     tail: Tokens
-    documents: tuple[Document, ...] = ()
-    context_tokens: int = 0
-    """Tokens of the documents."""
+    documents: tuple[Document, ...]
+    open: Prefix = field(repr=False, compare=False)
+    """What can be read before the input is closed: everything but the tail."""
+
+    @classmethod
+    def framed(cls, head: Tokens, tail: Tokens) -> Self:
+        """One without documents."""
+        return cls(head, tail, (), Prefix.of(head))
 
     def with_documents(self, documents: Sequence[Document]) -> Prompt:
         """The same prompt with more documents behind those it has."""
-        added = sum(len(d.tokens) for d in documents)
-        context_tokens = self.context_tokens + added
-        return Prompt(self.head, self.tail, (*self.documents, *documents), context_tokens)
+        new = [token for document in documents for token in document.tokens]
+        return replace(self, documents=(*self.documents, *documents), open=self.open.extended(new))
 
     def with_only(self, documents: Sequence[Document]) -> Prompt:
         """The same prompt with these documents in place of those it has."""
-        return Prompt(self.head, self.tail).with_documents(documents)
+        return self.framed(self.head, self.tail).with_documents(documents)
 
     @property
-    def open_tokens(self) -> list[int]:
-        """What can be read before the input is closed: everything but the tail."""
-        tokens = list(self.head)
-        for document in self.documents:
-            tokens += document.tokens
-        return tokens
-
-    @property
-    def open_length(self) -> int:
-        """How many those are."""
-        return len(self.head) + self.context_tokens
+    def context_tokens(self) -> int:
+        """Tokens of the documents."""
+        return len(self.open) - len(self.head)
 
     @property
     def length(self) -> int:
         """Tokens of the whole prompt, tail included."""
-        return self.open_length + len(self.tail)
+        return len(self.open) + len(self.tail)
 
     def must_fit(
         self, limit: int | None, answer_tokens: int, *, context_limit: int | None, param: str
@@ -103,20 +100,6 @@ class Prompt:
                 f"but the model takes {limit}",
                 param=param,
             )
-
-
-def difference(held: list[int], wanted: list[int]) -> tuple[int, list[int]]:
-    """How to get from the tokens an engine has to those it should have.
-
-    Returns:
-        How many first tokens to keep (their longest common prefix), and what to put behind.
-        An append is the case in which all are kept.
-    """
-    n = min(len(held), len(wanted))
-    if held[:n] == wanted[:n]:
-        return n, wanted[n:]
-    keep = next(i for i in range(n) if held[i] != wanted[i])
-    return keep, wanted[keep:]
 
 
 def place_documents(messages: Sequence[Message]) -> list[Message]:
@@ -227,7 +210,7 @@ class PromptBuilder:
         head, place, tail = text.partition(_PLACE)
         if not place:
             raise BadRequest("the chat template drops the documents", param="messages")
-        return Prompt(self._encode(head), self._encode(tail))
+        return Prompt.framed(self._encode(head), self._encode(tail))
 
     def _encode(self, text: str) -> Tokens:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))

@@ -109,7 +109,7 @@ class Ledger:
             about=msgspec.msgpack.encode(now.about),
             posts=_lines(now.taken),
             documents=_documents(prompt.documents),
-            tail=pack(prompt.open_tokens[now.confirmed :]),
+            tail=pack(prompt.open.behind(now.confirmed)),
             names=now.names,
         )
 
@@ -122,7 +122,7 @@ class Ledger:
             documents, tail = self._appended(before, now)
         else:
             documents = Splice(keep=0, add=_documents(now.prompt.documents))
-            tail = Splice(keep=0, add=pack(now.prompt.open_tokens[now.confirmed :]))
+            tail = Splice(keep=0, add=pack(now.prompt.open.behind(now.confirmed)))
         return Change(
             engine=now.engine if now.engine != before.engine else None,
             state=now.state if now.state != before.state else None,
@@ -139,7 +139,7 @@ class Ledger:
         tokens = pack(token for document in new for token in document.tokens)
         # What was confirmed since may include some of what this very write would add.
         drop = (now.confirmed - before.confirmed) * _TOKEN
-        held = (before.prompt.open_length - before.confirmed) * _TOKEN
+        held = (len(before.prompt.open) - before.confirmed) * _TOKEN
         tail = Splice(drop=min(drop, held), add=tokens[max(drop - held, 0) :])
         return Splice(add=_documents(new)), tail
 
@@ -191,7 +191,7 @@ class Found:
         for length, name in self.documents:
             documents.append(Document(tuple(tokens[place : place + length]), name))
             place += length
-        empty = Prompt(tuple(tokens[: self.about.head_tokens]), unpack(self.about.question))
+        empty = Prompt.framed(tuple(tokens[: self.about.head_tokens]), unpack(self.about.question))
         return empty.with_documents(documents)
 
 
@@ -210,9 +210,32 @@ def _names(hashing: Hashing, tokens: Sequence[int], salt: str | None) -> bytes:
     return packed(hashing.chain(tokens, salt=salt))
 
 
+class Digest:
+    """Tells token sequences apart; made as they grow."""
+
+    def __init__(self) -> None:
+        self._hash, self._length = hashlib.blake2b(digest_size=8), 0
+
+    def __len__(self) -> int:
+        """Tokens so far."""
+        return self._length
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Go on with these."""
+        self._hash.update(pack(tokens))
+        self._length += len(tokens)
+
+    @property
+    def value(self) -> bytes:
+        """Of all tokens so far."""
+        return self._hash.digest()
+
+
 def digest(tokens: Sequence[int]) -> bytes:
-    """Tells token sequences apart."""
-    return hashlib.blake2b(pack(tokens), digest_size=8).digest()
+    """Of a whole sequence."""
+    made = Digest()
+    made.add(tokens)
+    return made.value
 
 
 def pack(tokens: Iterable[int]) -> bytes:

@@ -44,7 +44,7 @@ from gateway.handoff import Rule
 from gateway.keeper import Keeper, Moved
 from gateway.known import KnownDocuments
 from gateway.line import Line, Placer, abort
-from gateway.prompt import Document, Prompt, difference
+from gateway.prompt import Document, Prompt
 from gateway.record import ChunksTaken, Ledger, ListTaken, Taken
 from gateway.requests import Options
 from gateway.retrieving import Retrieval
@@ -243,15 +243,14 @@ class Stream:
     def _replace(self, documents: list[Document]) -> ListTaken:
         prompt = self.prompt.with_only(documents)
         self.check_length(prompt, param="documents")
-        before, after = self.prompt.open_tokens, prompt.open_tokens
-        kept, added = difference(before, after)
-        invalidated = len(before) - kept
+        kept, added = self.prompt.open.difference(prompt.open)
+        invalidated = len(self.prompt.open) - kept
         known, self.prompt = self.prompt.documents, prompt
         self.line.rewritten(kept)
         if prompt.documents[: len(known)] == known:
             self.books.appended(prompt.documents[len(known) :])
         else:
-            self.books.rewritten(after, kept)
+            self.books.rewritten(prompt.open, kept)
         self.known.replace(documents)
         self._metrics.lists.inc()
         self._took_in(len(added))
@@ -318,7 +317,7 @@ class Stream:
     @property
     def waiting_tokens(self) -> int:
         """Tokens taken in that no operation has carried to an engine yet."""
-        return 0 if self.ended else self.line.ahead(self.prompt.open_tokens)
+        return 0 if self.ended else self.line.ahead(self.prompt.open)
 
     async def _must_be_open(self) -> None:
         """Refuse what comes too late, but not for a stream that goes on at another replica, of
@@ -514,7 +513,7 @@ class Stream:
             if self.state != "open" or self._too_early():
                 continue
             with self._failing():
-                await self.line.bring(self.prompt.open_tokens)
+                await self.line.bring(self.prompt.open)
                 if self.books.behind:
                     await self.keep()
 

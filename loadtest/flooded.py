@@ -1,7 +1,7 @@
 """Gateways before a simulated engine in real time, and the flood that they are given.
 
 The first gateway has a core of its own. The engine, the load, Redis and further gateways share the
-others.
+others; gateways that have a part of a core each share the first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from deploy.local import Server, free_port, gateway, redis_server
 from loadtest.bench_gateway import pin
+from loadtest.quota import at_most
 from loadtest.report import machine
 
 MODEL = "simulated"
@@ -38,12 +39,18 @@ class Stand:
 
 
 @contextmanager
-def stand(gateways: int, streams: int, *, shared: bool) -> Iterator[Stand]:
+def stand(
+    gateways: int, streams: int, *, shared: bool, share: float | None = None
+) -> Iterator[Stand]:
     """Start everything and end it.
 
     Args:
         streams: open at once.
         shared: an index in Redis, as several gateways need it.
+        share: of a core, that each gateway may use once it is ready.
+
+    Raises:
+        NoQuota: with a share, where it can't be seen to.
     """
     port, prompts = free_port(), str(streams + SPARE_PROMPTS)
     command = [sys.executable, "-m", "engine_adapter.simulated", "--port", str(port)]
@@ -64,7 +71,9 @@ def stand(gateways: int, streams: int, *, shared: bool) -> Iterator[Stand]:
             front.start()
         for i, front in enumerate(fronts):
             front.wait_ready(60)
-            pin(front.pid, [own] if i == 0 else others or [own])
+            pin(front.pid, [own] if i == 0 or share is not None else others or [own])
+        if share is not None:
+            running.enter_context(at_most(share, [front.pid for front in fronts]))
         yield Stand(fronts, engine)
         for server in (*fronts, engine):
             server.kill()  # thousands of streams would be ended one by one

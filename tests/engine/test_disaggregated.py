@@ -79,7 +79,7 @@ async def whole(
     """What the prefill engine alone answers to the same prompt, sent whole."""
     prompt = await builder.frame(QUESTION)
     prompt = prompt.with_documents([await builder.document(text) for text in documents])
-    asked = prompt.open_tokens + list(prompt.tail)
+    asked = prompt.open.all() + list(prompt.tail)
     return (await sent_whole(http, pair.reads, asked, tokens, ignore_eos=True))[1]
 
 

@@ -49,7 +49,7 @@ async def whole_answer(
 ) -> str:
     prompt = await builder.frame(conversation(question))
     prompt = prompt.with_documents([await builder.document(text) for text in documents])
-    tokens = prompt.open_tokens + list(prompt.tail)
+    tokens = prompt.open.all() + list(prompt.tail)
     return (await sent_whole(http, engine, tokens, ANSWER_TOKENS))[1]
 
 

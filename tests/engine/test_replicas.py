@@ -67,5 +67,5 @@ async def test_answers_are_exact_when_a_gateway_is_killed_between_and_during_the
     for n, (texts, answer) in enumerate(await asyncio.gather(*streams)):
         prompt = await builder.frame(messages(n))
         prompt = prompt.with_documents([await builder.document(text) for text in texts])
-        whole = prompt.open_tokens + list(prompt.tail)
+        whole = prompt.open.all() + list(prompt.tail)
         assert answer == (await sent_whole(http, engine_server, whole, ANSWER_TOKENS))[1]

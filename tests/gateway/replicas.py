@@ -56,7 +56,7 @@ async def expected(builder: PromptBuilder, texts: Sequence[str]) -> list[int]:
     """The whole prompt of MESSAGES with these chunks."""
     prompt = await builder.frame(MESSAGES)
     prompt = prompt.with_documents([await builder.document(text) for text in texts])
-    return prompt.open_tokens + list(prompt.tail)
+    return prompt.open.all() + list(prompt.tail)
 
 
 def answered(engine: FakeEngine, stream_id: str) -> list[list[int]]:

@@ -288,7 +288,7 @@ def common(before: list[int], after: list[int]) -> int:
 async def open_tokens(stack: Stack, texts: list[str]) -> list[int]:
     builder = await stack.app[BUILDERS][MODEL]
     prompt = await builder.frame(MESSAGES)
-    return prompt.with_only([await builder.document(text) for text in texts]).open_tokens
+    return prompt.with_only([await builder.document(text) for text in texts]).open.all()
 
 
 def applied(

@@ -27,7 +27,7 @@ from tests.gateway.fallible import MODEL, TENANT, Decode, Failure, Prefill, Worl
 
 pytestmark = pytest.mark.slow
 
-PROMPT = Prompt((1, 2, 3), (4, 5))
+PROMPT = Prompt.framed((1, 2, 3), (4, 5))
 RULE = Rule(min_tokens=2, idle_tokens=-1, timeout_s=0.05)
 PATIENT = replace(RULE, timeout_s=3.0)
 """Where no engine stalls: the machine may."""

@@ -84,6 +84,11 @@ async def test_open_streams_leave_an_engine_that_says_nothing(model_dir: Path) -
                 await stream.send(f"context {n}")
                 streams.append(stream)
             stuck = f.engines[0]
+
+            async def read() -> bool:
+                return [len(engine.fake.core.tokens) for engine in f.engines] == [2, 2]
+
+            await until(read, within_s=20)
             stuck.runs.clear()
             await f.standing(stuck, "away")
             async with asyncio.timeout(20):

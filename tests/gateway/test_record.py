@@ -13,7 +13,7 @@ from cache_index.memory import MemoryIndex
 from cache_index.names import Hashing, packed
 from gateway.chain import BlockChain
 from gateway.errors import EngineFailed
-from gateway.prompt import Document, Prompt, difference
+from gateway.prompt import Document, Prompt
 from gateway.record import About, ChunksTaken, Kept, Ledger, ListTaken, Taken, digest, pack, read
 from gateway.requests import Options
 
@@ -38,7 +38,7 @@ class History:
     rewrites: int = 0
 
     def __post_init__(self) -> None:
-        self.chain = BlockChain(HASHING, self.prompt.open_tokens)
+        self.chain = BlockChain(HASHING, self.prompt.open.all())
 
     def append(self, new: list[Document]) -> None:
         self.prompt = self.prompt.with_documents(new)
@@ -47,11 +47,11 @@ class History:
 
     def replace(self, new: list[Document]) -> None:
         prompt = self.prompt.with_only(new)
-        kept, added = difference(self.prompt.open_tokens, prompt.open_tokens)
+        kept, added = self.prompt.open.difference(prompt.open)
         self.prompt, self.confirmed = prompt, min(self.confirmed, kept)
         self.taken += (ListTaken(prompt.context_tokens, kept, 0, len(added)),)
         self.rewrites += 1
-        self.chain.rewrite(prompt.open_tokens, kept)
+        self.chain.rewrite(prompt.open.all(), kept)
 
     def kept(self) -> Kept:
         about = About(
@@ -61,7 +61,7 @@ class History:
             head_tokens=len(self.prompt.head),
             question=pack(self.prompt.tail),
             options=Options(seed=1),
-            digest=digest(self.prompt.open_tokens[: self.confirmed]),
+            digest=digest(self.prompt.open.all()[: self.confirmed]),
         )
         return Kept(
             engine="e",
@@ -83,7 +83,7 @@ async def test_a_record_that_is_changed_step_by_step_gives_the_stream_back(
     salt: int,
 ) -> None:
     index, ledger = MemoryIndex(), Ledger()
-    history = History(Prompt(head, question))
+    history = History(Prompt.framed(head, question))
     engine_has: list[int] = []
     for action, new in [("write", []), *steps, ("write", [])]:
         if action == "append":
@@ -91,7 +91,7 @@ async def test_a_record_that_is_changed_step_by_step_gives_the_stream_back(
         elif action == "replace":
             history.replace(new)
         elif action == "confirm":  # the engine has the prompt as it is now
-            engine_has = history.prompt.open_tokens
+            engine_has = history.prompt.open.all()
             history.confirmed = len(engine_has)
         elif action == "write":
             await write(index, ledger, history.kept())
@@ -106,7 +106,7 @@ async def test_a_record_that_is_changed_step_by_step_gives_the_stream_back(
     record = await the_record(index)
     ledger.version = record.version
     assert ledger.whole("h", history.kept()) == record
-    assert history.chain.names == packed(HASHING.chain(history.prompt.open_tokens))
+    assert history.chain.names == packed(HASHING.chain(history.prompt.open.all()))
 
 
 async def write(index: MemoryIndex, ledger: Ledger, now: Kept) -> None:

@@ -32,7 +32,7 @@ async def expected_tokens(stack: Stack, texts: list[str]) -> list[int]:
     builder = await stack.app[BUILDERS][MODEL]
     prompt = await builder.frame(MESSAGES)
     prompt = prompt.with_documents([await builder.document(text) for text in texts])
-    return prompt.open_tokens + list(prompt.tail)
+    return prompt.open.all() + list(prompt.tail)
 
 
 @quick

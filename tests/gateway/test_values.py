@@ -5,24 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gateway.errors import BadRequest, Unsupported
-from gateway.prompt import difference, place_documents
+from gateway.prompt import place_documents
 from gateway.requests import Create, Options, merged, read
 from gateway.settings import Settings, SettingsError, load
-
-tokens = st.lists(st.integers(0, 3), max_size=30)
-
-
-@given(held=tokens, wanted=tokens)
-def test_a_difference_leads_from_one_prompt_to_the_other(
-    held: list[int], wanted: list[int]
-) -> None:
-    keep, suffix = difference(held, wanted)
-    assert held[:keep] + suffix == wanted
-    assert keep == len(held) or keep == len(wanted) or held[keep] != wanted[keep]
 
 
 def test_documents_go_before_the_last_question_or_where_the_client_says() -> None:
