@@ -9,8 +9,9 @@ seeds. Every run has servers of its own. Rows:
 - `1, Redis`: one gateway, every chunk written to Redis before it is acknowledged.
 - `2, Redis`: two gateways, each stream spoken to at its own.
 - `1 of 0.4`, `2 of 0.4`: the same two, each gateway with 0.4 of a core and no more, all of them on
-  the first core. These show how a second gateway helps where two whole ones have no room: from 0.4
-  to 0.8 of a core. Left out where this user can't make control groups.
+  the first core, and with as many streams open for each part of a core. These show how a second
+  gateway helps where two whole ones have no room. Left out where this user can't make control
+  groups.
 
 The load (`loadtest/flood.py`) opens, feeds, finishes and replaces streams, so a chunk's share of
 that is in its processor time, as are the gateway's operations to the engine. A chunk has 20 words,
@@ -91,7 +92,7 @@ class Run:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="; ".join(ROWS), help=f"some of: {'; '.join(ROWS)}")
-    parser.add_argument("--streams", type=int, default=2000, help="open at once")
+    parser.add_argument("--streams", type=int, default=2000, help="open at once; for a whole core")
     parser.add_argument("--begin", type=float, default=800.0, help="chunks a second, at first")
     parser.add_argument("--rates", help="these, e.g. 500,1000, instead of a search")
     parser.add_argument("--halvings", type=int, default=2)
@@ -132,10 +133,11 @@ def _of_row(row: str, options: argparse.Namespace) -> list[Run]:
 
 def _run(row: str, rate: float, options: argparse.Namespace, more: int = 0) -> Run:
     gateways, shared, share = ROWS[row]
+    streams = options.streams if share is None else round(options.streams * gateways * share)
     seed = options.seed + more
-    arguments = ["--rate", str(rate), "--streams", str(options.streams), "--seed", str(seed)]
+    arguments = ["--rate", str(rate), "--streams", str(streams), "--seed", str(seed)]
     arguments += ["--seconds", str(options.seconds)]
-    with stand(gateways, options.streams, shared=shared, share=share) as servers:
+    with stand(gateways, streams, shared=shared, share=share) as servers:
         run = _measured(row, rate, seed, servers, arguments)
     _show(run)
     return run
