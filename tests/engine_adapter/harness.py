@@ -45,6 +45,8 @@ from engine_adapter.vllm.scheduler import StreamScheduler
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
+SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // BLOCK_SIZE + 8
+"""Room for one longest prompt and a little more, plus vLLM's null block."""
 VOCABULARY = 50
 HOST_BLOCK_BYTES = CPUOffloadingSpec.BLOCK_SIZE_ALIGNMENT
 """What a block takes of host memory: those of the harness are smaller than the least."""
