@@ -30,7 +30,7 @@ class Books:
         self._shared = keeper is not None and keeper.shared
         self._rewrites = 0
         self._chain: BlockChain | None = None
-        self._digested, self._digested_rewrites = Digest(), 0
+        self._digested = Digest()
 
     @property
     def _stream(self) -> Stream:
@@ -88,6 +88,7 @@ class Books:
     def rewritten(self, prefix: Prefix, kept: int) -> None:
         """The prompt begins with these tokens now, of which the first `kept` are as before."""
         self._rewrites += 1
+        self._digested = Digest()
         if self._chain is not None:
             self._chain.rewrite(prefix.all(), kept)
 
@@ -130,8 +131,8 @@ class Books:
 
     def _digest(self, confirmed: int) -> bytes:
         """Of the first tokens; what was digested before is not digested again."""
-        if self._digested_rewrites != self._rewrites or confirmed < len(self._digested):
-            self._digested, self._digested_rewrites = Digest(), self._rewrites
+        if confirmed < len(self._digested):
+            self._digested = Digest()
         begun = len(self._digested)
         self._digested.add(self._stream.prompt.open.behind(begun)[: confirmed - begun])
         return self._digested.value

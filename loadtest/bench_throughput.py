@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import psutil
 
@@ -36,14 +37,24 @@ from loadtest.bench_gateway import busy_s
 from loadtest.flooded import Stand, about, flood, stand
 from loadtest.quota import NoQuota
 
-ROWS: dict[str, tuple[int, bool, float | None]] = {
-    "1": (1, False, None),
-    "1, Redis": (1, True, None),
-    "2, Redis": (2, True, None),
-    "1 of 0.4": (1, True, 0.4),
-    "2 of 0.4": (2, True, 0.4),
+
+class Row(NamedTuple):
+    """What stands before the engine."""
+
+    gateways: int
+    shared: bool
+    """They have an index in Redis."""
+    share: float | None = None
+    """Of a core, for each; None: all of it."""
+
+
+ROWS = {
+    "1": Row(1, shared=False),
+    "1, Redis": Row(1, shared=True),
+    "2, Redis": Row(2, shared=True),
+    "1 of 0.4": Row(1, shared=True, share=0.4),
+    "2 of 0.4": Row(2, shared=True, share=0.4),
 }
-"""How many gateways, whether they share an index, and the part of a core that each has."""
 MOST_P99_MS = 50.0
 LEAST_SHARE = 0.99
 """Of what was due in a window, to be taken within it or a second later."""
@@ -117,7 +128,7 @@ def _of_row(row: str, options: argparse.Namespace) -> list[Run]:
     print("".join(f"{head:>{width}}" for head, width in zip(HEADS, WIDTHS, strict=True)))
     if options.rates:
         return [_run(row, float(rate), options) for rate in options.rates.split(",")]
-    share = ROWS[row][2] or 1.0
+    share = ROWS[row].share or 1.0
     runs, low, high, rate = list[Run](), 0.0, 0.0, options.begin * share
     while not high:
         runs.append(_run(row, rate, options))
