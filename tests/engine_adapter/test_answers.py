@@ -32,9 +32,13 @@ from engine_adapter.messages import (
 from engine_adapter.prompts import StreamingPrompts
 from engine_adapter.vllm.routes import streaming_prompts
 from tests.engine_adapter.fake_llm import FakeLLM
-from tests.engine_adapter.harness import MAX_MODEL_LEN, VOCABULARY, Engine, expected_answer
-
-SMALL_POOL_BLOCKS = 1 + MAX_MODEL_LEN // 4 + 8
+from tests.engine_adapter.harness import (
+    MAX_MODEL_LEN,
+    SMALL_POOL_BLOCKS,
+    VOCABULARY,
+    Engine,
+    expected_answer,
+)
 
 
 class Life:

@@ -17,8 +17,8 @@ from vllm.distributed.kv_events import EventBatch, NullEventPublisher
 from cache_index.event_stream import read
 from cache_index.mirror import Mirror, Snapshot, unpacked
 from engine_adapter.errors import BadOperation
-from tests.engine_adapter.harness import Engine, _engine_config
-from tests.engine_adapter.test_scheduler import SMALL_POOL_BLOCKS, History, patient
+from tests.engine_adapter.harness import SMALL_POOL_BLOCKS, Engine, _engine_config
+from tests.engine_adapter.histories import History, patient
 
 
 class Told(NullEventPublisher):
