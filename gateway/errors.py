@@ -22,6 +22,7 @@
      |   +- KeyInUse             409  the first request of an idempotency key is under way
      +- RequestTimeout           408  the head or the body of a request did not arrive in time
      +- AnswerGone               410  of an answer that is not kept, or not that far back
+     +- StreamLost               410  its replica and its engine are both gone
      +- BodyTooLarge             413
      +- KeyReused                422  another request under the same idempotency key
      +- RetrievalFailed          424  no source has found anything
@@ -214,6 +215,13 @@ class AnswerGone(GatewayError):
     """What the client wants to go on with is not kept any more."""
 
     status, type, code = 410, "invalid_request_error", "answer_gone"
+
+
+class StreamLost(GatewayError):
+    """The replica that held the stream died, and its engine does not have the prompt any more: to
+    try again is of no use."""
+
+    status, type, code = 410, "server_error", "stream_lost"
 
 
 class BodyTooLarge(GatewayError):

@@ -25,7 +25,15 @@ from engine_adapter.errors import EngineError, UnknownPrompt
 from engine_adapter.messages import PromptTokens
 from gateway import record as records
 from gateway.bodies import read_body
-from gateway.errors import AnswerGone, EngineFailed, IndexAway, NotHeld, StreamNotFound, from_engine
+from gateway.errors import (
+    AnswerGone,
+    EngineFailed,
+    IndexAway,
+    NotHeld,
+    StreamLost,
+    StreamNotFound,
+    from_engine,
+)
 from gateway.idempotency import HEADER
 from gateway.identity import is_forwarded, sent_on, tenant_of
 from gateway.keeper import NOBODY, Keeper, Moved
@@ -283,7 +291,8 @@ async def _take_over(app: web.Application, stream_id: str, record: StreamRecord)
 
     Raises:
         Moved: another replica was quicker.
-        EngineFailed: nobody has the whole prompt any more.
+        EngineFailed: its engine does not say what it has of the prompt.
+        StreamLost: nobody has the whole prompt any more.
         StreamNotFound: it had ended.
     """
     under_way = app[TAKING_OVER]
@@ -306,16 +315,23 @@ async def _taken_over(app: web.Application, stream_id: str, record: StreamRecord
         raise StreamNotFound(f"no stream {stream_id!r}")
     engine = app[ENGINES].by_url(record.engine)
     has = await _what_is_there(engine, found.about.prompt_id)
-    prompt = found.prompt(
-        [] if has is None else has.tokens,
-        None if engine is None else engine.hashing,
-        tenant.cache_salt,
-    )
+    ledger = Ledger(record.epoch, record.version)
+    try:
+        prompt = found.prompt(
+            [] if has is None else has.tokens,
+            None if engine is None else engine.hashing,
+            tenant.cache_salt,
+        )
+    except StreamLost as e:  # its record goes too, or whoever is asked next would try the same
+        logger.error("stream %s is lost: %s", stream_id, e)
+        app[METRICS].streams.labels("lost").inc()
+        await app[KEEPER].forget(stream_id, ledger)
+        await abort(engine, found.about.prompt_id)
+        raise
     resumable = has is not None and not has.finished
     if not resumable:
         await abort(engine, found.about.prompt_id)
     placer = ModelPlacer(app[ENGINES], found.about.model, tenant.cache_salt)
-    ledger = Ledger(record.epoch, record.version)
     stream = app[STREAMS].adopt(stream_id, tenant, found, prompt, placer, ledger)
     # From here to its beginning nothing is waited for: requests find it at once.
     if resumable and engine is not None and has is not None:

@@ -33,6 +33,7 @@ from gateway.errors import (
     RetrievalUnderWay,
     SequenceGap,
     StorageFull,
+    StreamLost,
     StreamNotFound,
     Unauthorized,
     UnknownDocument,
@@ -120,7 +121,7 @@ _BODY: tuple[type[GatewayError], ...] = (
 )  # fmt: skip
 _ADMITTED = (*_BODY, RateLimited, Overloaded, Draining, EngineFailed)
 _NEW = (*_ADMITTED, Unsupported, ContextTooLong, ModelNotFound, RetrievalRefused)
-_OF_STREAM = (*_BODY, StreamNotFound, IndexAway, EngineFailed)
+_OF_STREAM = (*_BODY, StreamNotFound, StreamLost, IndexAway, EngineFailed)
 _POST = (*_OF_STREAM, ContextTooLong, InputClosed, SequenceGap, RateLimited, Overloaded)
 
 STREAMS = (

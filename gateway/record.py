@@ -19,7 +19,7 @@ import orjson
 
 from cache_index.index import Change, Splice, StreamRecord
 from cache_index.names import Hashing, packed
-from gateway.errors import EngineFailed
+from gateway.errors import StreamLost
 from gateway.prompt import Document, Prompt, Tokens
 from gateway.requests import Options
 from gateway.tenants import EVERYBODY
@@ -177,15 +177,15 @@ class Found:
             salt: of the stream's tenant.
 
         Raises:
-            EngineFailed: that is not enough, or not what it should be.
+            StreamLost: that is not enough, or not what it should be.
         """
         if len(engine_has) < self.confirmed:
-            raise EngineFailed("the engine no longer has the beginning of this stream's prompt")
+            raise StreamLost("the engine no longer has the beginning of this stream's prompt")
         tokens = [*engine_has[: self.confirmed], *self.tail]
         if self.about.digest != digest(tokens[: self.confirmed]):
-            raise EngineFailed("the engine has another prompt than this stream's")
+            raise StreamLost("the engine has another prompt than this stream's")
         if self.names and hashing is not None and _names(hashing, tokens, salt) != self.names:
-            raise EngineFailed("the engine has another prompt than this stream's")
+            raise StreamLost("the engine has another prompt than this stream's")
         place = self.about.head_tokens
         documents = []
         for length, name in self.documents:

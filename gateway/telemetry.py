@@ -22,7 +22,7 @@ DURATION_BUCKETS_S = (
 
 GENAI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
-LIVE, ENDS = ("open", "finishing"), ("done", "failed", "cancelled", "expired", "moved")
+LIVE, ENDS = ("open", "finishing"), ("done", "failed", "cancelled", "expired", "moved", "lost")
 """States of streams."""
 OPERATIONS = ("open", "extend", "finish")
 

@@ -21,7 +21,7 @@ MARK = "{{documents}}"
 CODES = frozenset(
     {
         "ok", "broken", "hung", "engine_unavailable", "index_unavailable", "overloaded", "draining",
-        "stream_not_found", "sequence_gap", "answer_gone", "idempotency_key_in_use",
+        "stream_not_found", "stream_lost", "sequence_gap", "answer_gone", "idempotency_key_in_use",
         "unknown_document", "input_closed", "model_not_found", "conflict", "storage_full",
         "engine_timeout",
     }

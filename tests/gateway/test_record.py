@@ -12,7 +12,7 @@ from cache_index.index import StreamRecord
 from cache_index.memory import MemoryIndex
 from cache_index.names import Hashing, packed
 from gateway.chain import BlockChain
-from gateway.errors import EngineFailed
+from gateway.errors import StreamLost
 from gateway.prompt import Document, Prompt
 from gateway.record import About, ChunksTaken, Kept, Ledger, ListTaken, Taken, digest, pack, read
 from gateway.requests import Options
@@ -98,7 +98,7 @@ async def test_a_record_that_is_changed_step_by_step_gives_the_stream_back(
             found = read(await the_record(index))
             assert found.prompt(engine_has, HASHING) == history.prompt
             if engine_has and found.confirmed:  # another prompt of that length is found out
-                with pytest.raises(EngineFailed):
+                with pytest.raises(StreamLost):
                     found.prompt([engine_has[0] ^ 1, *engine_has[1:]], None)
             assert found.taken == list(history.taken)
             assert found.about.options == Options(seed=1)

@@ -15,15 +15,17 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import aiohttp
 import httpx
 import pytest
 import pytest_asyncio
 
 from deploy.local import Server, redis_server
+from engine_adapter.client import EngineClient
 from gateway.prompt import PromptBuilder
 from tests.conftest import until
-from tests.fake_engine import FakeEngine
-from tests.gateway.replicas import Caller, answered, expected, fake_engine, replicas
+from tests.fake_engine import MODEL, FakeEngine
+from tests.gateway.replicas import MESSAGES, Caller, answered, expected, fake_engine, replicas
 
 pytestmark = pytest.mark.engine
 
@@ -217,6 +219,45 @@ async def test_requests_that_take_a_stream_over_together_get_one_answer(
         assert await cluster.metric(cluster.servers[1], "stream2llm_open_streams") >= 0
     finally:
         cluster.engine.core.delay_s = lambda: 0.0
+        await cluster.restart(cluster.servers[0])
+
+
+async def test_a_stream_whose_gateway_and_engine_both_forget_it_is_lost_and_told_so_at_once(
+    cluster: Cluster,
+) -> None:
+    caller, http, core = cluster.caller, cluster.http, cluster.engine.core
+    key = {"Idempotency-Key": "a key of a stream that is lost"}
+    body = {"model": MODEL, "messages": MESSAGES}
+
+    async def opened(server: Server) -> httpx.Response:
+        return await http.post(server.url + "/v1/streams", json=body, headers=key)
+
+    stream = (await opened(cluster.servers[0])).json()["id"]
+    await caller.send(stream, 0, 0, "the engine has this")
+
+    async def is_there() -> bool:
+        return any(name.startswith(stream) for name in core.tokens)
+
+    await until(is_there, within_s=5)
+    await caller.send(stream, 0, 1, "so the record does not")
+    os.kill(cluster.servers[0].pid, signal.SIGKILL)
+    try:
+        async with aiohttp.ClientSession() as session:
+            client = EngineClient(session, cluster.engine_url)
+            for name in [name for name in core.tokens if name.startswith(stream)]:
+                await client.abort(name)
+        path = f"{cluster.servers[1].url}/v1/streams/{stream}"
+        lost, *later = [
+            await http.post(path + "/chunks", json={"text": "more", "seq": 2}),
+            await http.post(path + "/finish", json={}),
+            await http.delete(path),
+        ]
+        assert (lost.status_code, lost.json()["error"]["code"]) == (410, "stream_lost")
+        assert [answer.status_code for answer in later] == [404, 404]
+        again = await opened(cluster.servers[1])  # its key is free
+        assert (again.status_code, again.json()["chunks"]) == (201, 0)
+        await http.delete(path)
+    finally:
         await cluster.restart(cluster.servers[0])
 
 
