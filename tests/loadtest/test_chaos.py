@@ -212,7 +212,7 @@ def test_what_is_held_too_long_is_named() -> None:
 @pytest.mark.engine
 async def test_a_short_run_breaks_no_promise_and_leaves_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    plan = Plan(seed=1, streams=20, faults=8, within_s=10.0, collections=False, lease_s=4.0)
+    plan = Plan(seed=1, streams=20, faults=8, within_s=10.0, collections=False, lease_s=12.0)
     result = await run(plan, tmp_path, said.append)
     said += [f"stream {h.number} gave up: {h.gave_up}" for h in result.histories if h.gave_up]
     told = "\n".join(said)
