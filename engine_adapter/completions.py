@@ -1,4 +1,5 @@
-"""The OpenAI completions API as vLLM and SGLang speak it: what is asked, what is answered."""
+"""The OpenAI completions API as vLLM, SGLang and llama.cpp's server speak it: what is asked, what
+is answered."""
 
 from __future__ import annotations
 
@@ -30,10 +31,18 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: Details | None = None
 
 
+class Logprob(msgspec.Struct):
+    token: str
+    logprob: float
+    top_logprobs: list[Logprob] = []
+
+
 class Logprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float | None]
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
+    content: list[Logprob] = []
+    """In place of the others: llama.cpp's server has them in the shape of chat completions."""
 
 
 class Choice(msgspec.Struct):
@@ -151,6 +160,15 @@ def _done(reason: str, usage: Usage, cached_tokens: int) -> DoneEvent:
 def _logprobs(found: Logprobs | None, alternatives: int) -> list[TokenLogprob] | None:
     if found is None:
         return None
+    if found.content:
+        return [
+            TokenLogprob(
+                token=one.token,
+                logprob=one.logprob,
+                top=_best({top.token: top.logprob for top in one.top_logprobs}, alternatives),
+            )
+            for one in found.content
+        ]
     tops = found.top_logprobs or [None] * len(found.tokens)
     return [
         TokenLogprob(token=token, logprob=logprob or 0.0, top=_best(top or {}, alternatives))

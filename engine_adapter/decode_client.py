@@ -18,7 +18,7 @@ import aiohttp
 from engine_adapter import completions
 from engine_adapter.errors import EngineError, EngineUnavailable, KvLost
 from engine_adapter.messages import PROTOCOL_VERSION, EngineInfo, Event, Sampling
-from engine_adapter.plain_server import Identity, Load, PlainServer
+from engine_adapter.plain_server import LOAD_TIMEOUT_S, Identity, Load, PlainServer
 
 OPERATIONS = ["answer", "info"]
 LACKS = ["open prompts (it answers only whole ones)"]
@@ -46,7 +46,7 @@ class DecodeClient:
         """What the server is and how busy it is."""
         try:
             async with asyncio.timeout(timeout_s):
-                met, load = await self._meet()
+                met, load = await self._meet(timeout_s)
         except TimeoutError as e:
             raise EngineUnavailable(f"{self.url} does not answer in time") from e
         return EngineInfo(
@@ -67,11 +67,11 @@ class DecodeClient:
             lacks=LACKS,
         )
 
-    async def _meet(self) -> tuple[_Met, Load]:
+    async def _meet(self, timeout_s: float = LOAD_TIMEOUT_S) -> tuple[_Met, Load]:
         """The server as it is now, and how busy."""
         async with self._meeting:
-            await self._server.healthy()
-            load = await self._server.load()
+            await self._server.healthy(timeout_s=timeout_s)
+            load = await self._server.load(timeout_s=timeout_s)
             if self._met is None or self._met.started_s != load.started_s:
                 self._met = _Met(await self._server.identify(), load.started_s)
             return self._met, load

@@ -26,7 +26,7 @@ from engine_adapter.messages import (
     Progress,
     PromptTokens,
 )
-from engine_adapter.plain_server import Identity, Load, PlainServer
+from engine_adapter.plain_server import LOAD_TIMEOUT_S, Identity, Load, PlainServer
 from engine_adapter.prompts import StreamingPrompts
 from engine_adapter.sessions import DEFAULT_OPEN_PROMPTS, Limits
 from engine_adapter.warming import Warming
@@ -41,6 +41,7 @@ LACKS = [
     "a choice of policies",
     "a list of its blocks",
     "the tokens of a prompt, for another gateway (the gateways' index keeps them instead)",
+    "tenants' prefixes apart from each other, where the server does not know `cache_salt`",
 ]
 NO_CACHE = "a prefix cache (nothing is computed before the prompt is complete)"
 
@@ -68,7 +69,7 @@ class PlainClient:
         time in its metrics, or, where it gives none, by its absence."""
         try:
             async with asyncio.timeout(timeout_s):
-                met = await self._meet()
+                met = await self._meet(timeout_s)
                 return met.described(await met.prompts.info())
         except TimeoutError as e:
             self._lost += 1
@@ -77,11 +78,11 @@ class PlainClient:
             self._lost += 1
             raise
 
-    async def _meet(self) -> _Met:
+    async def _meet(self, timeout_s: float = LOAD_TIMEOUT_S) -> _Met:
         """The server as it is now."""
         async with self._meeting:
-            await self._server.healthy()
-            load = await self._server.load()
+            await self._server.healthy(timeout_s=timeout_s)
+            load = await self._server.load(timeout_s=timeout_s)
             life = load.started_s if load.started_s is not None else self._lost
             if self._met is None or self._met.life != life:
                 identity = await self._server.identify()

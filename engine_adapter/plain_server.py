@@ -24,6 +24,9 @@ from engine_adapter.errors import BadOperation, EngineUnavailable
 COMPLETIONS = "/v1/completions"
 WARMING_TIMEOUT_S = 150.0
 LOAD_TIMEOUT_S = 5.0
+"""For a route that says how the server is, unless the caller has a deadline."""
+NO_SUCH_ROUTE = (404, 405, 501)
+"""The last is llama.cpp's for metrics that were not asked for at its start."""
 PROBE = [10, 11, 12, 13]
 """Token ids that every vocabulary has."""
 
@@ -35,6 +38,8 @@ METRICS = {
     "vllm:cache_config_info": "config",
     "sglang:num_running_reqs": "running",
     "sglang:num_queue_reqs": "waiting",
+    "llamacpp:requests_processing": "running",
+    "llamacpp:requests_deferred": "waiting",
     "process_start_time_seconds": "started",
 }
 SAMPLE = re.compile(rf"^({'|'.join(METRICS)})(?:\{{(.*)\}})? (\S+)$", re.MULTILINE)
@@ -189,21 +194,23 @@ class PlainServer:
         if completion.usage is None or completion.usage.prompt_tokens != len(PROBE):
             raise EngineUnavailable(f"{needs} as it is: it does not count {len(PROBE)} tokens")
 
-    async def load(self, *, at_most_s: float = 0.0) -> Load:
+    async def load(self, *, at_most_s: float = 0.0, timeout_s: float = LOAD_TIMEOUT_S) -> Load:
         """How busy it is.
 
         Args:
             at_most_s: the answer may be so old.
+            timeout_s: longest wait for it.
         """
         async with self._reading:
             if time.monotonic() - self._read_s > at_most_s:
-                self._load = load_of(await self._metrics())
+                metrics = await self._text("/metrics", timeout_s)
+                self._load = load_of(metrics.decode(errors="replace"))
                 self._read_s = time.monotonic()
             return self._load
 
-    async def healthy(self) -> None:
+    async def healthy(self, *, timeout_s: float = LOAD_TIMEOUT_S) -> None:
         """Returns if the server is able to answer, as far as it says."""
-        await self._text("/health")
+        await self._text("/health", timeout_s)
 
     async def complete(self, body: Json) -> Completion:
         """A completion that is not streamed. Cancelling it aborts it."""
@@ -237,22 +244,18 @@ class PlainServer:
                 raise refused(response.status, await response.read())
             yield response
 
-    async def _metrics(self) -> str:
-        """Its metrics; none if it has no such route."""
-        return (await self._text("/metrics")).decode(errors="replace")
-
     async def _get(self, kind: type[M], path: str) -> M:
         return read(kind, await self._text(path))
 
-    async def _text(self, path: str) -> bytes:
+    async def _text(self, path: str, timeout_s: float = LOAD_TIMEOUT_S) -> bytes:
         """The body of a route, empty where there is no such route."""
-        timeout = aiohttp.ClientTimeout(total=LOAD_TIMEOUT_S, connect=2.0)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, connect=2.0)
         async with (
             translated(),
             self._session.get(self.url + path, timeout=timeout) as response,
         ):
             body = await response.read()
-            if response.status == 404:
+            if response.status in NO_SUCH_ROUTE:
                 return b""
             if response.status != 200:
                 raise refused(response.status, body)

@@ -19,7 +19,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,6 +49,11 @@ logger = logging.getLogger(__name__)
 
 STALL_S = 120.0
 """Longest silence of an engine in an answer that has begun, however healthy it says it is."""
+FIRST_S = 300.0
+"""Longest wait for the first event of an answer: its engine may say that it is well, and compute
+nothing. As long as for requests that are passed through."""
+ASK_S = 1.0
+"""Longest wait for word on KV that did not come."""
 LAST_S = 1.0
 """Longest wait for the end of a connection on which everything was said."""
 MAX_RESUMED = 4
@@ -104,8 +109,8 @@ class Course:
 
     @property
     def begun(self) -> bool:
-        """Whether the client has a token."""
-        return bool(self._told.tokens)
+        """Whether the client has something of it."""
+        return bool(self._told.tokens or self._told.chars)
 
     async def run(self) -> None:
         """Tell the client the whole answer.
@@ -126,6 +131,8 @@ class Course:
             try:
                 done = await leg()
             except (EngineError, Differs) as e:
+                if isinstance(e, KvLost):
+                    await self._blame(e)
                 leg = self._going_on(e, resumed)
                 resumed += 1
                 continue
@@ -158,7 +165,7 @@ class Course:
             return Asked(self._seeded if over else self._sampling, hand_over=over)
 
         events = self._at_line(self._wanted, self._tail, how)
-        done = await self._followed(events, account, None)
+        done = await self._followed(events, account, FIRST_S)
         self._cached_tokens = done.cached_tokens
         if done.kv_transfer is not None:
             self._told.goes_on, self._sampled_twice = True, len(self._told.tokens)
@@ -169,7 +176,7 @@ class Course:
             hands_over=engine.info is not None and engine.info.hands_over,
             decode_engine=self._chosen() is not None,
             answer_tokens=self._sampling.max_tokens,
-            queued_tokens=queued(engine, self._prompt_tokens),
+            queued_tokens=queued(engine, self._line.unread(self._prompt_tokens)),
         )
         decision = decide(self._rule, now)
         if decision != self.handoff:  # otherwise the engine is asked again
@@ -206,6 +213,19 @@ class Course:
 
     # When it breaks off.
 
+    async def _blame(self, error: KvLost) -> None:
+        """Count a hand-over that failed against the decode engine, if the KV still waits for it:
+        one that never gets any is well by its own word, and each answer would wait for it."""
+        engine, prefiller = self._decoder, self._line.engine
+        if engine is None or prefiller is None:
+            return
+        with suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(ASK_S):
+                state = (await prefiller.client.status(self._line.prompt_id)).state
+            if state == "handed_over":
+                self._failed.add(engine)
+                self._decoders.failed(engine, error)
+
     def _going_on(
         self, error: EngineError | Differs, resumed: int
     ) -> Callable[[], Awaitable[DoneEvent]]:
@@ -214,7 +234,9 @@ class Course:
         told, retelling_failed = self._told, self._retold and isinstance(error, Differs)
         alike = self._two_alike or len(told.tokens) <= self._sampled_twice
         continuable = told.can_be_continued(self._sampling)
-        possible = self.begun and alike and (continuable or not retelling_failed)
+        # Text without its tokens, as some servers give it, can't be compared with another telling.
+        comparable = bool(told.tokens) and alike
+        possible = comparable and (continuable or not retelling_failed)
         if not possible or resumed == MAX_RESUMED:
             if isinstance(error, Differs):
                 raise EngineUnavailable("engines disagree about the answer") from error
@@ -312,14 +334,14 @@ class Course:
         self,
         source: Events,
         account: Account,
-        first_s: float | None,
+        first_s: float,
         *,
         fetching: bool = False,
     ) -> DoneEvent:
         """Pass on what is new to the client.
 
         Args:
-            first_s: longest wait for the first event; None where the line sees to that.
+            first_s: longest wait for the first event.
             fetching: the engine begins with KV that the line's engine has.
 
         Raises:

@@ -76,6 +76,8 @@ class Engine(Member):
     """Of the prompts placed there since it was last asked."""
     streams_told: int = 0
     """What `streams` was when it was last asked."""
+    polled_s: float = -float("inf")
+    """When that was, by the monotonic clock."""
 
     @property
     def keeps_prompts(self) -> bool:

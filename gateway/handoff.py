@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from engine_adapter.errors import KvLost
 from engine_adapter.messages import Sampling
 from gateway.engines import DecodeEngine, Engine
 from gateway.routing import OPEN_TOKENS
@@ -32,6 +33,9 @@ class Decoders(Protocol):
         Raises:
             EngineFailed: there is none but those to avoid.
         """
+
+    def failed(self, engine: DecodeEngine, error: KvLost) -> None:
+        """A decode engine did not get KV that was there for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +90,18 @@ def decide(rule: Rule, now: Situation) -> Handoff:
     return Handoff(True, "busy_engine")
 
 
-def queued(engine: Engine, prompt_tokens: int) -> int:
+def queued(engine: Engine, own: int) -> int:
     """Tokens that a prefill engine has to read for other prompts, each open one counted as the
     routing does: more of it is to come.
 
     Args:
-        prompt_tokens: of the prompt that is about to be finished there, which is not counted.
+        own: tokens among them of the prompt that is about to be finished there.
     """
     if engine.info is None:
         return 0
     seen = engine.candidate(0)
     others = max(seen.open_prompts - 1, 0)
-    return max(seen.waiting_tokens - prompt_tokens, 0) + OPEN_TOKENS * others
+    return max(seen.waiting_tokens - own, 0) + OPEN_TOKENS * others
 
 
 def is_greedy(sampling: Sampling) -> bool:

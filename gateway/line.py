@@ -126,6 +126,8 @@ class Line:
         self._sent: Prefix | None = None  # the prompt of the newest operation; None: not open
         self._version = -1
         self._common = 0  # what `confirmed` becomes when the newest operation is answered
+        # Tokens computed there, by its last word, and by its last word before it was polled.
+        self._computed = self._computed_polled = 0
 
     @property
     def _held(self) -> Prefix:
@@ -173,6 +175,16 @@ class Line:
     def rewritten(self, kept: int) -> None:
         """The prompt has changed behind its first `kept` tokens."""
         self._common, self.confirmed = min(self._common, kept), min(self.confirmed, kept)
+
+    def unread(self, tokens: int) -> int:
+        """How many of the prompt's tokens the engine may have counted as waiting when it was polled
+        last.
+
+        Args:
+            tokens: that the prompt has.
+        """
+        polled = self.engine is not None and self.engine.polled_s > self.heard_of_s
+        return max(tokens - (self._computed if polled else self._computed_polled), 0)
 
     def ahead(self, wanted: Prefix) -> int:
         """Tokens of a prompt that no operation has carried to an engine yet."""
@@ -291,8 +303,14 @@ class Line:
 
     def _note(self, progress: Progress, sent_s: float) -> None:
         """An operation was answered: what it carried is there."""
-        self.progress, self.heard_of_s = progress, sent_s
+        self._hear(progress, sent_s)
         self.confirmed = self._common
+
+    def _hear(self, progress: Progress, sent_s: float) -> None:
+        if self.engine is not None and self.engine.polled_s > self.heard_of_s:
+            self._computed_polled = self._computed
+        self.progress, self.heard_of_s = progress, sent_s
+        self._computed = progress.computed
 
     # When it is not as it should be.
 
@@ -334,6 +352,7 @@ class Line:
         self.prompt_id = f"{self._stream_id}-{uuid.uuid4().hex[:12]}"
         self._sent, self._version = None, -1
         self._common = self.confirmed = 0
+        self._computed = self._computed_polled = 0
 
     # The engine's side of leases.
 
@@ -351,8 +370,7 @@ class Line:
         prompt_id, sent_s = self.prompt_id, time.monotonic()
         try:
             async with asyncio.timeout(LOOK_S):
-                self.progress = await self._client.status(prompt_id)
-                self.heard_of_s = sent_s
+                self._hear(await self._client.status(prompt_id), sent_s)
         except TimeoutError as e:
             raise EngineUnavailable("the engine does not say where the prompt stands") from e
         except UnknownPrompt:

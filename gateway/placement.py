@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine_adapter.errors import EngineUnavailable, KvLost
 from gateway.engines import DecodeEngine, Engine
 from gateway.errors import EngineFailed, ModelNotFound, Overloaded
 from gateway.pool import Pool
@@ -219,6 +220,12 @@ class ModelPlacer:
     def choose(self, length: int, avoid: Collection[DecodeEngine]) -> DecodeEngine:
         """See `Engines.choose`."""
         return self.engines.choose(self.model, length, avoid)
+
+    def failed(self, engine: DecodeEngine, error: KvLost) -> None:
+        """See `Decoders.failed`."""
+        failure = EngineUnavailable(f"it did not get the KV of a prompt: {error}")
+        failure.__cause__ = error.__cause__  # time that this process was late is not counted
+        self.engines.pool.told(engine, failure)
 
     async def place(self, tokens: Sequence[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
         """See `Engines.place`."""

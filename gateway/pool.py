@@ -306,7 +306,7 @@ class Pool:
         else:
             engine.info, engine.streams_told = info, engine.streams
             if isinstance(engine, Engine):
-                engine.placed_tokens = 0
+                engine.placed_tokens, engine.polled_s = 0, begun_s
             engine.trouble = ""
             engine.health = engine.health.answers(time.monotonic())
             if before is None:

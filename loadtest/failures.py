@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ ANSWER_TOKENS = 24
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 0.8, "seed": 7}
 FREE = {"temperature": 0.8}
+REPEATED = ("greedy", "seeded")
+"""Samplings whose answers can be had again, to be compared."""
 SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": GREEDY, "seeded": SEEDED, "free": FREE}
 
 
@@ -101,6 +103,8 @@ class Run:
     ended: dict[str, int]
     back_s: float
     """From the last answer until all KV was free again; -1 if it did not get free."""
+    resumed: int = 0
+    """How often an answer was gone on with after an engine broke off or KV did not come."""
 
 
 class Bed:
@@ -305,7 +309,7 @@ def wrong(ended: Ending, whole: str, told_within_s: float) -> str | None:
         if sampling != "free" or not ended.text:
             return f"{sampling} answer broke off: {ended.error}"
         return None if ended.late_s < told_within_s else f"told after {ended.late_s:.1f} s"
-    if sampling == "greedy" and ended.text != whole:
+    if sampling in REPEATED and ended.text != whole:
         return f"another answer: {ended.text!r} for {whole!r}"
     return None
 
@@ -340,7 +344,8 @@ async def idle(http: httpx.AsyncClient, server: Server) -> bool:
     return used == 0 and (info.status_code != 200 or info.json()["open_prompts"] == 0)
 
 
-COUNTED = ("stream2llm_handoffs_total{", "stream2llm_answers_resumed_total{")
+RESUMED = "stream2llm_answers_resumed_total{"
+COUNTED = ("stream2llm_handoffs_total{", RESUMED)
 """What the gateway itself counts of all this."""
 STANDINGS = re.compile(r'stream2llm_engine_standing\{engine="[^"]+",standing="([^"]+)"\} 1\.0')
 BUSY = ("vllm:kv_cache_usage_perc{", "vllm:num_requests_running{", "vllm:num_requests_waiting{")
@@ -361,13 +366,21 @@ async def known(front: Server) -> None:
             await asyncio.sleep(0.05)
 
 
+async def resumed(front: Server) -> int:
+    """How often the gateway has gone on with an answer so far."""
+    async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
+        metrics = (await http.get(front.url + "/metrics")).text
+    counts = [line for line in metrics.splitlines() if line.startswith(RESUMED)]
+    return round(sum(float(line.rsplit(" ", 1)[1]) for line in counts))
+
+
 async def wholes(bed: Bed, endings: list[Ending]) -> list[str]:
     """The answers to the same prompts where nothing fails and nothing is handed over."""
     texts = []
     async with Client(bed.whole.url, timeout_s=60) as client:
         for ended in endings:
             got: list[str] = []
-            if ended.query.sampling == "greedy" and ended.error is None:
+            if ended.query.sampling in REPEATED and ended.error is None:
                 await play(client, ended.query, got)
             texts.append("".join(got))
     return texts
@@ -409,7 +422,9 @@ async def inject(bed: Bed, options: argparse.Namespace) -> tuple[list[Run], list
         before = len(runs)
         for seed in range(options.seed, options.seed + options.runs):
             await known(bed.front)
+            before_resumed = await resumed(bed.front)
             done, endings = await run(bed, failure, seed, options)
+            done = replace(done, resumed=await resumed(bed.front) - before_resumed)
             found = []
             if FAILURES[failure] is not None:
                 await known(bed.whole)
@@ -432,7 +447,8 @@ async def inject(bed: Bed, options: argparse.Namespace) -> tuple[list[Run], list
 
 
 HEADER = (
-    f"{'':14}{'runs':>6}{'streams':>9}{'begun':>7}{'answered':>10}{'broken':>8}{'hung':>6}"
+    f"{'':14}{'runs':>6}{'streams':>9}{'begun':>7}{'answered':>10}{'resumed':>9}"
+    f"{'broken':>8}{'hung':>6}"
     f"{'KV back P50/95/99, s':>24}"
 )
 
@@ -445,7 +461,8 @@ def row(failure: str, runs: Sequence[Run]) -> str:
     back_s = slashed(p50_p95_p99([r.back_s for r in runs]), 2)
     return (
         f"{failure:14}{len(runs):>6}{ended.total():>9}{sum(r.begun for r in runs):>7}"
-        f"{ended['answered']:>10}{ended['broken']:>8}{ended['hung']:>6}{back_s:>24}"
+        f"{ended['answered']:>10}{sum(r.resumed for r in runs):>9}"
+        f"{ended['broken']:>8}{ended['hung']:>6}{back_s:>24}"
     )
 
 

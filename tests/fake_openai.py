@@ -37,6 +37,11 @@ class FakeOpenAI:
     """So many tokens of an answer its connection breaks."""
     fetch: Callable[[dict[str, Any]], bool] = lambda kv_transfer: True
     """Gets the KV that others have prefilled, if it is there."""
+    no_metrics: int = 404
+    """How it refuses to say anything of itself."""
+    silent_s: float = 0.0
+    """Before it says how it is."""
+    gives_token_ids: bool = True
     counts_tokens: bool = True
     cached_details: bool = True
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -71,6 +76,7 @@ class FakeOpenAI:
         return app
 
     async def _health(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.silent_s)
         return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -86,7 +92,7 @@ class FakeOpenAI:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         if self.started_s is None:
-            raise web.HTTPNotFound
+            return web.json_response({"error": {"message": "no"}}, status=self.no_metrics)
         labels = f'engine="0",model_name="{MODEL}"'
         return web.Response(
             text=f"# TYPE process_start_time_seconds gauge\n"
@@ -142,7 +148,8 @@ class FakeOpenAI:
                     self.breaks_after = None
                     request.transport.abort()  # type: ignore[union-attr]
                 token = self.first_token(body["prompt"]) + number
-                await response.write(_event(choices=[{"token_ids": [token], "text": f" {token}"}]))
+                ids = {"token_ids": [token]} if self.gives_token_ids else {}
+                await response.write(_event(choices=[{"text": f" {token}"} | ids]))
                 await self.more_gate.wait()
         except (asyncio.CancelledError, ConnectionError):
             self.aborted.append(body)

@@ -64,12 +64,17 @@ def first_token_only(params: SamplingParams) -> SamplingParams:
 class Leases:
     """The ended requests whose KV waits for another engine, by the prompts they have ended."""
 
-    def __init__(self, connector: object) -> None:
+    def __init__(self, connector: object, workers: int) -> None:
+        """
+        Args:
+            workers: each has a part of the KV, and a lease of its own on it.
+        """
         self._connector: Any = (
             connector.connector_scheduler if isinstance(connector, NixlPullConnector) else None
         )
         self._requests: dict[str, Request] = {}
-        self._ended_early: set[str] = set()  # request ids
+        self._workers = workers
+        self._doubtful: set[str] = set()  # request ids
         self._states: dict[str, State] = {}  # by prompt id, until `end`
 
     def put(self, request: Request) -> None:
@@ -87,19 +92,23 @@ class Leases:
         """Learn whose KV does not wait any more.
 
         The connector only counts the leases that have ended in a step. Where one has, none of the
-        step's requests counts as fetched: at worst a prompt is computed again for nothing.
+        step's requests counts as fetched: at worst a prompt is computed again for nothing. Of
+        several workers one may count long before the last of them is through with the request,
+        which then ends: there it may be any request that waits.
         """
         sent = output.finished_sending or set()
         stats = output.kv_connector_stats
-        expired = 0 if stats is None else len(stats.data.get(EXPIRED, ()))
-        expired -= len(self._ended_early & sent)
-        self._ended_early -= sent
+        if stats is not None and stats.data.get(EXPIRED):
+            waiting = {request.request_id for request in self._requests.values()}
+            self._doubtful |= waiting if self._workers > 1 else waiting & sent
         for prompt_id, request in self._requests.items():
             if request.request_id in sent and prompt_id in self._states:
-                self._states[prompt_id] = "expired" if expired > 0 else "fetched"
+                doubtful = request.request_id in self._doubtful
+                self._states[prompt_id] = "expired" if doubtful else "fetched"
 
     def discard(self, request: Request) -> None:
         """Its blocks were freed."""
+        self._doubtful.discard(request.request_id)
         prompt_id = ended_prompt(request)
         if prompt_id is not None and self._requests.get(prompt_id) is request:
             del self._requests[prompt_id]
@@ -120,6 +129,5 @@ class Leases:
         self.forget(prompt_id)
         request = self._requests.get(prompt_id)
         if request is not None:
-            self._ended_early.add(request.request_id)
             self._connector._reqs_need_send[request.request_id] = time.perf_counter()
         return request is not None

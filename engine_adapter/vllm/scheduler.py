@@ -96,7 +96,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self.cost = cost_model(settings.get("cost_model"), self.setup)
         """What bringing back a victim's KV costs; None if nobody has measured it."""
         self._host = HostMemory(self.connector, self.cost)
-        self._leases = Leases(self.connector)
+        self._leases = Leases(self.connector, self.parallel_config.world_size)
         self.prefix_cache = PrefixCache(self, self._tables)
 
     # Operations. Called between steps, on the thread of the engine's loop.

@@ -18,6 +18,7 @@ import pytest_asyncio
 
 from deploy.local import EngineOptions, Server, engine, gateway
 from engine_adapter.client import EngineClient
+from engine_adapter.decode_client import DecodeClient
 from gateway.client import Client, StreamError
 from gateway.prompt import PromptBuilder
 from tests.conftest import until
@@ -88,11 +89,18 @@ async def free_blocks(pair: Pair) -> int:
         return (await EngineClient(session, pair.reads.url).info()).kv_blocks_free
 
 
+async def decodes_nothing(pair: Pair) -> bool:
+    async with aiohttp.ClientSession() as session:
+        info = await DecodeClient(session, pair.decodes.url).info()
+    return info.running == info.waiting == 0 and info.kv_blocks_free == info.kv_blocks_total
+
+
 async def quiet(pair: Pair) -> None:
-    """The KV of all prompts is given back, which is within the lease of what was fetched."""
+    """The KV of all prompts is given back, which is within the lease of what was fetched, and the
+    decode engine has nothing to do."""
 
     async def free() -> bool:
-        return await free_blocks(pair) == 132
+        return await free_blocks(pair) == 132 and await decodes_nothing(pair)
 
     await until(free, within_s=10)
 

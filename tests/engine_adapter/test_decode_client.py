@@ -15,6 +15,7 @@ from engine_adapter.decode_client import DecodeClient
 from engine_adapter.errors import BadOperation, EngineError, EngineUnavailable, KvLost
 from engine_adapter.messages import DoneEvent, Sampling, TokenEvent
 from engine_adapter.operations import Decoding
+from engine_adapter.plain_server import LOAD_TIMEOUT_S
 from tests.conftest import until
 from tests.fake_openai import MODEL, FakeOpenAI
 
@@ -49,6 +50,16 @@ async def answered(
             assert isinstance(event, TokenEvent)
             ids += event.token_ids
     return ids, None
+
+
+@pytest.mark.slow
+async def test_a_server_may_take_as_long_to_say_how_it_is_as_its_caller_allows() -> None:
+    fake = FakeOpenAI()
+    async with running(fake) as client:
+        fake.silent_s = LOAD_TIMEOUT_S + 0.3
+        with pytest.raises(EngineUnavailable):
+            await client.info(timeout_s=0.1)
+        assert (await client.info(timeout_s=20)).model == MODEL
 
 
 @pytest.mark.parametrize("kv", [KV, None])

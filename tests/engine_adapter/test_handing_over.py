@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 from vllm.sampling_params import SamplingParams
+from vllm.v1.outputs import KVConnectorOutput
 
 from engine_adapter.errors import BadOperation
 from engine_adapter.messages import Finish, Sampling
-from engine_adapter.vllm.handing_over import KV_TRANSFER, first_token_only
+from engine_adapter.vllm.handing_over import KV_TRANSFER, Leases, first_token_only
+from engine_adapter.vllm.open_prompts import ADOPT
 from engine_adapter.vllm.routes import streaming_prompts
 from tests.engine_adapter.fake_llm import FakeLLM
 from tests.engine_adapter.harness import BLOCK_SIZE, VOCABULARY, Engine, expected_answer
@@ -150,6 +156,67 @@ def test_every_history_ends_with_all_blocks_free(model_dir: Path, seed: int) -> 
             assert engine.answers[request_id] == expected_answer(tokens, max_tokens)
     assert held_blocks(engine) == 0
     assert not engine.worker.sends.known
+
+
+@dataclass
+class Ended:
+    """What `Leases` needs of a request that has ended."""
+
+    request_id: str
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        return SamplingParams(extra_args={ADOPT: self.request_id})
+
+    kv_transfer_params = True
+
+
+def step(sent: set[str], expired: int) -> KVConnectorOutput:
+    """What the workers say of one step."""
+    stats = NixlKVConnectorStats()
+    for _ in range(expired):
+        stats.record_kv_expired_req()
+    return KVConnectorOutput(finished_sending=sent, kv_connector_stats=stats)
+
+
+@pytest.mark.parametrize(
+    ("workers", "steps", "states"),
+    [
+        (1, [({"a"}, 0), ({"b"}, 0)], ("fetched", "fetched")),
+        (1, [({"a"}, 1), ({"b"}, 0)], ("expired", "fetched")),
+        (1, [({"a", "b"}, 1)], ("expired", "expired")),  # nobody says which
+        (2, [({"a"}, 0), ({"b"}, 0)], ("fetched", "fetched")),
+        (2, [(set(), 1), ({"a"}, 0), ({"b"}, 0)], ("expired", "expired")),
+        (2, [({"b"}, 0), (set(), 1), ({"a"}, 0)], ("expired", "fetched")),
+    ],
+)
+def test_kv_that_may_have_been_given_up_never_counts_as_fetched(
+    workers: int, steps: list[tuple[set[str], int]], states: tuple[str, str]
+) -> None:
+    engine_side: Any = SimpleNamespace(_reqs_need_send={})
+    leases = Leases(None, workers)
+    leases._connector = engine_side
+    requests: list[Any] = [Ended("a"), Ended("b")]
+    for request in requests:
+        leases.put(request)
+    for sent, expired in steps:
+        leases.take_in(step(sent, expired))
+        for request in requests:
+            if request.request_id in sent:
+                leases.discard(request)
+    assert (leases.state("a"), leases.state("b")) == states
+
+
+def test_a_lease_that_is_ended_early_hides_no_other_that_ran_out() -> None:
+    engine_side: Any = SimpleNamespace(_reqs_need_send={})
+    leases = Leases(None, 1)
+    leases._connector = engine_side
+    requests: list[Any] = [Ended("a"), Ended("b")]
+    for request in requests:
+        leases.put(request)
+    assert leases.end("a")
+    leases.take_in(step({"a", "b"}, 1))  # the one was read after all: the other ran out
+    assert leases.state("b") == "expired"
 
 
 def _steps(engine: Engine, rng: random.Random) -> None:

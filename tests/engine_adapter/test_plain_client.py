@@ -6,14 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 import pytest_asyncio
 from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine_adapter import completions
 from engine_adapter.errors import (
     BadOperation,
     EngineError,
@@ -33,8 +36,10 @@ from engine_adapter.messages import (
     Open,
     Sampling,
     TokenEvent,
+    TokenLogprob,
 )
 from engine_adapter.plain_client import PlainClient
+from engine_adapter.plain_server import Load, load_of
 from engine_adapter.warming import AT_ONCE, MIN_NEW_TOKENS
 from tests.conftest import until
 from tests.fake_openai import BLOCK_TOKENS, MODEL, FakeOpenAI
@@ -350,8 +355,9 @@ async def test_a_restart_shows_as_another_instance_and_ends_all_prompts(pair: Pa
         await pair.client.status("a")
 
 
-async def test_without_a_start_time_an_absence_counts_as_a_restart() -> None:
-    fake = FakeOpenAI(started_s=None)
+@pytest.mark.parametrize("no_metrics", [404, 405, 501])  # the last as llama.cpp's server
+async def test_without_a_start_time_an_absence_counts_as_a_restart(no_metrics: int) -> None:
+    fake = FakeOpenAI(started_s=None, no_metrics=no_metrics)
     async with running(fake) as pair:
         before = await pair.client.info()
         assert (await pair.client.info()).instance_id == before.instance_id
@@ -378,6 +384,32 @@ async def test_a_server_that_lacks_what_is_needed_is_refused_by_name(
 async def test_the_context_may_be_told_apart_from_the_list_of_models() -> None:
     async with running(FakeOpenAI(card={"id": MODEL}, context_tokens=512)) as pair:
         assert (await pair.client.info()).max_model_len == 512
+
+
+def test_the_load_is_read_from_metrics_of_several_servers() -> None:
+    assert load_of("llamacpp:requests_processing 3\nllamacpp:requests_deferred 2\n") == Load(
+        running=3, waiting=2
+    )
+    assert load_of('sglang:num_running_reqs{model_name="m"} 4.0\n') == Load(running=4)
+
+
+async def test_logprobs_are_read_in_either_shape() -> None:
+    best = {"token": "a", "logprob": -0.5}
+    shapes = [
+        {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5, "b": -2.0}]},
+        {"content": [best | {"top_logprobs": [best, {"token": "b", "logprob": -2.0}]}]},
+    ]
+
+    async def lines(logprobs: Any) -> AsyncIterator[bytes]:
+        choice = {"text": "a", "token_ids": [1], "logprobs": logprobs, "finish_reason": "stop"}
+        yield b"data: " + msgspec.json.encode({"choices": [choice]})
+
+    for shape in shapes:
+        event, _ = [e async for e in completions.events(lines(shape), 1, 0, 1)]
+        assert isinstance(event, TokenEvent)
+        assert event.logprobs == [
+            TokenLogprob(token="a", logprob=-0.5, top=[TokenLogprob(token="a", logprob=-0.5)])
+        ]
 
 
 async def test_cached_tokens_are_estimated_where_the_server_does_not_tell() -> None:

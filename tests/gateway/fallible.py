@@ -16,7 +16,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine_adapter.errors import EngineError, EngineUnavailable, PromptFinished, UnknownPrompt
+from engine_adapter.errors import (
+    EngineError,
+    EngineUnavailable,
+    KvLost,
+    PromptFinished,
+    UnknownPrompt,
+)
 from engine_adapter.messages import (
     DoneEvent,
     EngineInfo,
@@ -139,6 +145,8 @@ class Fallible:
     under_way: int = 0
     """Answers being read."""
     asked: list[Sampling] = field(default_factory=list)
+    refusal: EngineError = field(default_factory=lambda: EngineUnavailable("the connection broke"))
+    """Of answers that it refuses."""
     pause: asyncio.Event = field(default_factory=asyncio.Event)
     """Answers wait for it before their second event."""
 
@@ -191,7 +199,7 @@ class Fallible:
                 return TokenEvent(token_ids=[WORDS + 1], text="?")
             case "loses_kv":
                 raise EngineError("the KV can't be fetched")
-        raise EngineUnavailable("the connection broke")
+        raise self.refusal
 
 
 class Prefill(Fallible):
@@ -366,6 +374,7 @@ class World:
         self.prefill, self.decode = prefill, decode
         self.max_model_len = 1000
         self.wants_documents = False
+        self.blamed: list[DecodeEngine] = []
 
     async def place(self, tokens: list[int], avoid: set[Engine]) -> tuple[Engine, Decision]:
         fit = [p.engine for p in self.prefill if p.engine.info and p.engine not in avoid]
@@ -378,6 +387,9 @@ class World:
         if not fit:
             raise EngineFailed("there is no decode engine")
         return fit[0]
+
+    def failed(self, engine: DecodeEngine, error: KvLost) -> None:
+        self.blamed.append(engine)
 
     @property
     def is_clean(self) -> bool:

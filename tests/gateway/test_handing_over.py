@@ -50,10 +50,13 @@ class Pair:
 
 
 @asynccontextmanager
-async def running(model_dir: Path, timeout_s: float) -> AsyncIterator[Pair]:
+async def running(
+    model_dir: Path, timeout_s: float, eject_after: int = 1000
+) -> AsyncIterator[Pair]:
     """
     Args:
         timeout_s: longest wait for the decode engine.
+        eject_after: so many hand-overs that fail in a row.
     """
     reads = FakeEngine()
     decodes = FakeOpenAI(
@@ -69,6 +72,7 @@ async def running(model_dir: Path, timeout_s: float) -> AsyncIterator[Pair]:
         settings = Settings(
             engine=(urls[0],), decode_engine=(urls[1],), tokenizer=str(model_dir),
             handoff_min_tokens=3, handoff_idle_tokens=-1, handoff_timeout_s=timeout_s,
+            eject_after=eject_after,
         )  # fmt: skip
         gateway = await running.enter_async_context(TestServer(build(settings)))
         async with Client(str(gateway.make_url(""))) as client:
@@ -133,6 +137,19 @@ async def test_what_the_decode_engine_can_not_have_is_read_again(pair: Pair, fai
     assert text == "ananswer"  # the engine that reads begins anew behind its own first token
     assert status["handoff"]["resumed"] == 1
     assert pair.is_clean
+
+
+@pytest.mark.slow
+async def test_a_decode_engine_that_never_gets_any_kv_is_ejected(model_dir: Path) -> None:
+    async with running(model_dir, 5, eject_after=2) as pair:
+        pair.decodes.fetch = lambda kv_transfer: False
+        reasons = []
+        for _ in range(3):
+            text, status = await answer(pair, max_tokens=4)
+            assert text in ("ananswer", "answer")
+            reasons.append(status["handoff"]["reason"])
+            pair.reads.core.leased.clear()
+        assert reasons == ["busy_engine", "busy_engine", "no_decode_engine"]
 
 
 @pytest.mark.parametrize("phase", ["transfer", "decode"])

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine_adapter.errors import KvLost
 from engine_adapter.messages import DoneEvent, ErrorEvent, Event, Sampling, TokenEvent
 from gateway import course
 from gateway.accounts import Account
 from gateway.crowd import Crowd
-from gateway.handoff import Handoff, Rule, Situation, decide
+from gateway.handoff import Handoff, Rule, Situation, decide, queued
 from gateway.prompt import Document, Prompt
 from gateway.requests import Options
 from gateway.stream import Stream
 from gateway.telemetry import Metrics
 from tests.conftest import until
-from tests.gateway.fallible import MODEL, TENANT, Decode, Failure, Prefill, World, answer
+from tests.gateway.fallible import MODEL, TENANT, Decode, Failure, Kind, Prefill, World, answer
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +40,7 @@ GREEDY = Options(temperature=0, max_tokens=12)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(course, "STALL_S", STALL_S)
+    monkeypatch.setattr(course, "FIRST_S", STALL_S)
 
 
 @dataclass
@@ -165,6 +168,44 @@ async def test_an_idle_engine_decodes_itself() -> None:
     assert stream.course is not None
     assert stream.course.handoff == Handoff(False, "idle_engine")
     assert not world.decode[0].asked
+
+
+@pytest.mark.parametrize(
+    ("waiting", "others_open", "own", "expected"),
+    [
+        (3000, 0, 4000, 0),  # all that waits may be the prompt itself
+        (3000, 0, 0, 3000),  # which is read already
+        (3000, 2, 1000, 2512),
+    ],
+)
+def test_what_is_queued_for_others(waiting: int, others_open: int, own: int, expected: int) -> None:
+    prefill = Prefill("p")
+    prefill.engine.info = msgspec.structs.replace(
+        prefill.described(), waiting_tokens=waiting, open_prompts=others_open + 1
+    )
+    assert queued(prefill.engine, own) == expected
+
+
+async def test_a_prompt_counts_as_queued_only_as_far_as_its_engine_may_not_have_read_it() -> None:
+    prefill = Prefill("p")
+    async with begun(World([prefill], [])) as stream:
+
+        async def is_there() -> bool:
+            return stream.line.confirmed == 6
+
+        await until(is_there, within_s=3)
+        assert stream.line.unread(8) == 8  # it was placed there since the engine was polled
+        prefill.engine.polled_s = time.monotonic()
+        assert stream.line.unread(8) == 2
+        stream.take([Document((10,) * 20, None)])
+
+        async def is_longer() -> bool:
+            return stream.line.confirmed == 26
+
+        await until(is_longer, within_s=3)
+        assert stream.line.unread(28) == 22  # what came after the poll did not wait then
+        prefill.engine.polled_s = time.monotonic()
+        assert stream.line.unread(28) == 2
 
 
 # The usual course.
@@ -333,8 +374,6 @@ async def test_every_answer_is_whole_or_ends_in_an_error(
     rule: Rule,
 ) -> None:
     first, second, third, fourth = failures
-    for failure in (*first, *second):  # before the first token the health checks see to it
-        assume(failure.kind != "stalls" or failure.at > 0)
     if differs and not third:
         third = [Failure("differs")]
     world = fallible((first, second, third, fourth), burst)
@@ -343,9 +382,61 @@ async def test_every_answer_is_whole_or_ends_in_an_error(
         is_right(found, world, options)
         return
     at_once = [f.kind for f in first + second if f.at == 0]
-    not_begun = len(at_once) == 2 or {*at_once} & {"errs", "loses_kv"}
+    not_begun = len(at_once) == 2 or {*at_once} & {"errs", "loses_kv", "stalls"}
     unseeded = options.temperature != 0 and options.seed is None
     assert unseeded or not_begun or all((first, second, third, fourth))
+
+
+class WithoutIds(Prefill):
+    """A server that gives its text, and not the tokens of it."""
+
+    hands_over = False
+
+    async def told(
+        self, prompt: Sequence[int], sampling: Sampling, found: Sequence[Event]
+    ) -> AsyncGenerator[Event, None]:
+        async with aclosing(super().told(prompt, sampling, found)) as told:
+            async for event in told:
+                if isinstance(event, TokenEvent):
+                    event = TokenEvent(token_ids=[], text=event.text)
+                yield event
+
+
+@pytest.mark.parametrize("how", ["lost", "dies"])
+async def test_text_without_token_ids_is_told_once(how: str) -> None:
+    first, second = WithoutIds("p1"), WithoutIds("p2")
+    if how == "dies":
+        first.failures = [Failure("dies", 3)]
+    else:
+        first.pause.clear()
+    async with begun(World([first, second], []), PATIENT) as stream:
+        await stream.finish(GREEDY)
+        found = await read(stream, 1)
+        if how == "lost":
+            first.engine.info = None
+            stream.engine_lost(first.engine)
+        await read(stream, found=found)
+    expected = whole(GREEDY.sampling()).text
+    assert found.text
+    assert found.failed  # nobody can compare it with what another engine would say
+    assert expected.startswith(found.text)
+
+
+@pytest.mark.parametrize("failure", ["refuses", "stalls"])
+async def test_kv_that_waits_in_vain_is_the_decode_engines_fault(failure: Kind) -> None:
+    decode = Decode("d", failures=[Failure(failure)])
+    decode.refusal = KvLost("the KV of the prompt did not come")
+    world = World([Prefill("p")], [decode])
+    found, _ = await answered(world, GREEDY, RULE)
+    assert found == whole(GREEDY.sampling())
+    assert world.blamed == [decode.engine]
+
+
+async def test_kv_that_is_gone_is_not_the_decode_engines_fault() -> None:
+    world = World([Prefill("p")], [Decode("d")])
+    world.prefill[0].kept = "expired"
+    await answered(world, GREEDY)
+    assert not world.blamed
 
 
 @quick
