@@ -19,6 +19,7 @@ import pytest_asyncio
 from deploy.local import EngineOptions, Server, engine, gateway
 from engine_adapter.client import EngineClient
 from engine_adapter.decode_client import DecodeClient
+from engine_adapter.errors import EngineUnavailable
 from gateway.client import Client, StreamError
 from gateway.prompt import PromptBuilder
 from tests.conftest import until
@@ -91,7 +92,10 @@ async def free_blocks(pair: Pair) -> int:
 
 async def decodes_nothing(pair: Pair) -> bool:
     async with aiohttp.ClientSession() as session:
-        info = await DecodeClient(session, pair.decodes.url).info()
+        try:
+            info = await DecodeClient(session, pair.decodes.url).info()
+        except EngineUnavailable:  # it was killed
+            return True
     return info.running == info.waiting == 0 and info.kv_blocks_free == info.kv_blocks_total
 
 
