@@ -53,6 +53,12 @@ class BlockTables:
             return len(self._only.req_to_blocks.get(request_id, ()))
         return sum(len(g.req_to_blocks.get(request_id, ())) for g in self._groups)
 
+    def hashed_tokens(self, request_id: str) -> int:
+        """Tokens in a request's first blocks that the prefix cache may give to others."""
+        if self._only is not None:
+            return self._only.num_cached_block.get(request_id, 0) * self.block_size
+        return max(g.num_cached_block.get(request_id, 0) * g.block_size for g in self._groups)
+
     def exclusive(self, request_id: str) -> int:
         """Blocks that only this request holds."""
         return sum(

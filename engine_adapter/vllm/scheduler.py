@@ -505,7 +505,10 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             return  # vLLM frees its blocks when what is being fetched into them has come
         keep = min(keep, common_prefix(old.prompt_token_ids, new.prompt_token_ids))
         computed = min(keep, new.num_tokens - 1, old.num_computed_tokens)
-        shorter = computed < old.num_computed_tokens
+        # A prompt that came whole from host memory has a full block of which vLLM computes the last
+        # token again: the same one only.
+        hashed = self._tables.hashed_tokens(old.request_id)
+        shorter = computed < old.num_computed_tokens or keep < hashed
         if not self._tables.can_inherit or (shorter and not self._request_blocks_can_be_freed(old)):
             self._free_request_blocks(old)  # the prefix cache still finds them
             return

@@ -208,6 +208,25 @@ def test_a_prompt_changes_while_its_kv_is_swapped_out_or_on_its_way_back(
     assert engine.fetching == 0
 
 
+@pytest.mark.parametrize("keep", [77, 79, 80])
+def test_a_block_that_came_whole_from_host_memory_is_not_written_for_an_update(
+    model_dir: Path, keep: int
+) -> None:
+    """vLLM computes the last token of such a prompt again, in a block that others may share."""
+    engine = swapped_out(model_dir)
+    engine.scheduler.extend_prompt("p", 80, [])
+    engine.drain()
+    assert engine.worker.copies.fetched_blocks > 10
+    assert engine.scheduler.status("p")["computed"] == 79
+    tokens = [*[5] * keep, *[6] * (81 - keep)]
+    engine.scheduler.extend_prompt("p", keep, tokens[keep:])
+    engine.request("answer", tokens, 3, "p")
+    engine.request("other", [*[5] * 80, 9], 3)
+    engine.drain()
+    assert engine.answers["answer"] == expected_answer(tokens, 3)
+    assert engine.answers["other"] == expected_answer([*[5] * 80, 9], 3)
+
+
 def test_a_finished_prompt_that_is_updated_keeps_its_beginning(model_dir: Path) -> None:
     engine = Engine(model_dir, 100, step_tokens=40)
     tokens = list(range(41))
