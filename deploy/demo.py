@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -45,19 +46,40 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+class Interrupt:
+    """Ctrl-C, or SIGTERM. Python drops an exception that a signal raises in a finalizer, so what
+    waits for long asks for it too."""
+
+    def __init__(self) -> None:
+        self._came = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._come)
+
+    def _come(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if it has come."""
+        if self._came:
+            raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run the demo. Returns the exit code; whatever happens, no process is left behind."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt = Interrupt()
     try:
         with ExitStack() as running:
-            asyncio.run(demo(*start(running)))
+            places = start(running, interrupt)
+            interrupt.check()
+            asyncio.run(demo(*places))
         return 0
     except KeyboardInterrupt:
         say("\ninterrupted; everything is stopped")
         return 130
 
 
-def start(running: ExitStack) -> tuple[str, str]:
+def start(running: ExitStack, interrupt: Interrupt) -> tuple[str, str]:
     """Start the servers. Returns the URLs of the gateway and of the site to crawl."""
     begun_s = time.monotonic()
     llm = running.enter_context(engine(EngineOptions(max_model_len=8192, kv_events=True)))
@@ -69,7 +91,7 @@ def start(running: ExitStack) -> tuple[str, str]:
     say(f"starting vLLM with {MODEL_NAME} on this CPU (about a minute) ...")
     for server in (llm, docs, redis, front):
         server.start()
-    llm.wait_ready(180, waiting=_dots())
+    llm.wait_ready(180, waiting=_dots(interrupt))
     for server in (docs, redis, front):
         server.wait_ready(60)
     _ready(front)
@@ -83,11 +105,12 @@ def _ready(front: Server) -> None:
         time.sleep(0.1)
 
 
-def _dots() -> Any:
+def _dots(interrupt: Interrupt) -> Any:
     last = 0
 
     def waiting(seconds: float) -> None:
         nonlocal last
+        interrupt.check()
         if seconds // 5 > last:
             last = int(seconds // 5)
             print(".", end="", flush=True)

@@ -222,11 +222,12 @@ class Server:
                 self._process.terminate()  # the leader knows best how to end its children
                 self._wait(family, grace_s)
         finally:  # also when Ctrl-C interrupts the wait
-            left = family | self._family()
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self._wait(left, KILL_GRACE_S)
+            for _ in range(2):  # once more for what was being started meanwhile
+                left = family | self._family()
+                for process in left:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                self._wait(left, KILL_GRACE_S)
             for child in (self._guard, self._process):  # the guard dies before its input ends
                 if child is not None:
                     child.kill()

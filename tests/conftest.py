@@ -11,9 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from deploy.local import EngineOptions, Server, engine, gateway, redis_server
 from gateway.client import Client
+
+# A machine that does something else for a while is no failure of what is tested.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 KV_BLOCKS = 133
 """132 blocks of 32 tokens, and vLLM's null block: 4,224 tokens."""

@@ -55,9 +55,9 @@ class BlockTables:
 
     def hashed_tokens(self, request_id: str) -> int:
         """Tokens in a request's first blocks that the prefix cache may give to others."""
-        if self._only is not None:
-            return self._only.num_cached_block.get(request_id, 0) * self.block_size
-        return max(g.num_cached_block.get(request_id, 0) * g.block_size for g in self._groups)
+        groups = self._groups if self._only is None else (self._only,)
+        hashed: list[int] = [g.num_cached_block.get(request_id, 0) * g.block_size for g in groups]
+        return max(hashed)
 
     def exclusive(self, request_id: str) -> int:
         """Blocks that only this request holds."""

@@ -17,7 +17,7 @@ ENGINES = ["e1", "e2"]
 @settings(
     max_examples=150,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     length=st.integers(0, 400),

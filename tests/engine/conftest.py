@@ -19,6 +19,9 @@ from engine_adapter.messages import DoneEvent, Finish, Sampling, TokenEvent
 from gateway.prompt import PromptBuilder
 
 MODEL = "smollm2-135m-instruct"
+SOON_S = 5.0
+"""For what is to happen in a second or two, and would take a lease or a whole answer if nobody saw
+to it: a busy machine may take longer. `make bench-failures` has the times."""
 _salts = itertools.count()
 
 

@@ -11,7 +11,7 @@ import pytest
 from deploy.local import Server
 from gateway.client import Client, StreamError
 from tests.conftest import until
-from tests.engine.conftest import MODEL
+from tests.engine.conftest import MODEL, SOON_S
 
 QUESTION = [{"role": "user", "content": "Tell me a long story."}]
 
@@ -32,13 +32,13 @@ async def test_streams_get_an_error_and_the_gateway_works_again_when_the_engine_
         with pytest.raises(StreamError) as broken:
             async for _ in pieces:
                 pass
-        assert time.monotonic() - killed_s < 2
+        assert time.monotonic() - killed_s < SOON_S
         assert broken.value.code == "engine_unavailable"
 
         async def told() -> bool:
             return (await quiet.status())["state"] == "failed"
 
-        assert await until(told, within_s=10) < 2
+        assert await until(told, within_s=20) < SOON_S
         with pytest.raises(StreamError) as refused:
             await quiet.send("And then?")
         assert (refused.value.status, refused.value.code) == (503, "engine_unavailable")

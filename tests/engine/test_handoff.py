@@ -33,6 +33,7 @@ from engine_adapter.messages import (
     TokenEvent,
 )
 from tests.conftest import until
+from tests.engine.conftest import SOON_S
 
 BLOCK = 32
 KV_BLOCKS = 97
@@ -209,7 +210,7 @@ async def test_abort_frees_the_kv_that_nobody_has_fetched(pair: Pair) -> None:
     info = await pair.prefill.info()
     assert info.kv_blocks_total - info.kv_blocks_free == 200 // BLOCK + 1
     await pair.prefill.abort(name)
-    await until(pair.idle, within_s=1)
+    await until(pair.idle, within_s=SOON_S)
 
 
 async def test_an_answer_of_one_token_leaves_no_kv_behind(pair: Pair) -> None:
@@ -220,7 +221,7 @@ async def test_an_answer_of_one_token_leaves_no_kv_behind(pair: Pair) -> None:
     stops = Sampling(max_tokens=9, temperature=0.0, stop_token_ids=[token])
     _, done = await prefilled(pair, tokens, stops)
     assert (done.finish_reason, done.kv_transfer) == ("stop", None)
-    await until(pair.idle, within_s=1)
+    await until(pair.idle, within_s=SOON_S)
 
 
 async def test_kv_that_nobody_fetches_goes_when_its_lease_ends(pair: Pair) -> None:
@@ -240,7 +241,7 @@ async def test_a_reader_that_goes_away_leaves_no_kv_behind(pair: Pair) -> None:
     op = Finish(version=1, keep=5, tokens=tokens[5:], sampling=GREEDY, hand_over=True)
     async with pair.prefill.finish(name, op):
         pass
-    await until(pair.idle, within_s=3)
+    await until(pair.idle, within_s=SOON_S)
 
 
 async def test_cancelling_while_it_decodes_frees_both(pair: Pair) -> None:
@@ -251,7 +252,7 @@ async def test_cancelling_while_it_decodes_frees_both(pair: Pair) -> None:
         tokens, long, kv_transfer=done.kv_transfer, request_id=prompt_id()
     ) as events:
         await anext(events)
-    await until(pair.idle, within_s=2)
+    await until(pair.idle, within_s=SOON_S)
 
 
 async def test_kv_that_does_not_come_can_be_given_up(pair: Pair) -> None:
@@ -285,7 +286,7 @@ async def test_kv_of_an_engine_that_died_is_lost_and_the_other_goes_on(engines: 
     begun_s = time.monotonic()
     with pytest.raises(KvLost):
         await answered(engines.decode, tokens, GREEDY, done.kv_transfer)
-    assert time.monotonic() - begun_s < 7
+    assert time.monotonic() - begun_s < 30
     assert await answered(engines.decode, tokens, GREEDY, None)
 
     async def idle() -> bool:

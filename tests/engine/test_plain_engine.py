@@ -18,7 +18,7 @@ from engine_adapter.messages import Extend, Finish, Open, Sampling, TokenEvent
 from engine_adapter.plain_client import PlainClient
 from gateway.client import Client
 from tests.conftest import until
-from tests.engine.conftest import MODEL, finished, sent_whole
+from tests.engine.conftest import MODEL, SOON_S, finished, sent_whole
 
 STREAMS = 20
 KV_BLOCKS = 97
@@ -114,7 +114,7 @@ async def test_nothing_is_left_of_a_cancelled_prompt(plain: PlainClient) -> None
 
     await until(busy, within_s=10)
     await plain.abort("cancelled")
-    assert await until(lambda: idle(plain), within_s=10) < 1
+    assert await until(lambda: idle(plain), within_s=20) < SOON_S
 
 
 async def test_nothing_is_left_of_an_answer_that_nobody_reads(plain: PlainClient) -> None:
@@ -125,7 +125,7 @@ async def test_nothing_is_left_of_an_answer_that_nobody_reads(plain: PlainClient
         event = await anext(events)
         assert isinstance(event, TokenEvent)
         assert not await idle(plain)
-    assert await until(lambda: idle(plain), within_s=10) < 1
+    assert await until(lambda: idle(plain), within_s=20) < SOON_S
 
 
 async def test_the_gateway_goes_on_after_a_restart(

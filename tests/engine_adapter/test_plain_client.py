@@ -427,7 +427,9 @@ async def test_cached_tokens_are_estimated_where_the_server_does_not_tell() -> N
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     operations=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 150), st.booleans()), max_size=5),

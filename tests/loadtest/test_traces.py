@@ -33,7 +33,9 @@ def traces(draw: st.DrawFn) -> Trace:
 @both
 @given(trace=traces())
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_what_is_written_is_read_again(tmp_path: Path, ending: str, trace: Trace) -> None:
     path = tmp_path / f"trace{ending}"
