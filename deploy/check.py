@@ -77,7 +77,7 @@ def metrics_of(expression: str) -> set[str]:
     return {word for word in words if word not in _WORDS}
 
 
-_WORDS = {"sum", "max", "min", "rate", "histogram_quantile", "vector", "or"}
+_WORDS = {"absent", "sum", "max", "min", "rate", "histogram_quantile", "vector", "or"}
 
 
 def check(report: Report, *, users: int, seconds: float, gap_s: float) -> Found:
@@ -156,7 +156,8 @@ def _unreached(prometheus: httpx.Client, report: Report) -> list[str]:
     )
 
 
-def _runs(report: Report, name: str) -> bool:
+def runs(report: Report, name: str) -> bool:
+    """Whether a service is there."""
     return report.services[name].state in ("healthy", "running")
 
 
@@ -170,7 +171,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="stream2llm-stack-"))
     try:
         report = stack.up(folder, stack.FILE, "cpu", free_ports=True)
-        lacking = [f"{n} ({report.services[n].why})" for n in NEEDED if not _runs(report, n)]
+        lacking = [f"{n} ({report.services[n].why})" for n in NEEDED if not runs(report, n)]
         if lacking:
             print(f"can't be checked without {', '.join(lacking)}; logs: {folder}/logs")
             return 1
@@ -188,7 +189,7 @@ def main() -> int:
 def tell(found: Found) -> None:
     """Print what was found."""
     for service, why in found.not_started.items():
-        print(f"not started: {service} ({why})")
+        print(f"not checked, since it is not started: {service} ({why})")
     for service in found.unreached:
         print(f"runs, but Prometheus does not reach it: {service}")
     for query in found.empty:

@@ -30,5 +30,5 @@ ENV PATH=/opt/stream2llm/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001
 EXPOSE 8100
 HEALTHCHECK --interval=5s --timeout=10s --start-period=10m --retries=6 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://localhost:8100/health')"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8100/health')"]
 ENTRYPOINT ["python3", "-m", "vllm.entrypoints.openai.api_server"]

@@ -21,5 +21,5 @@ RUN python3 -m pip install --no-cache-dir --no-deps /wheels/*.whl msgspec==0.22.
 USER 10001
 EXPOSE 8100
 HEALTHCHECK --interval=5s --timeout=10s --start-period=10m --retries=6 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://localhost:8100/health')"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8100/health')"]
 ENTRYPOINT ["python3", "-m", "vllm.entrypoints.openai.api_server"]

@@ -25,6 +25,6 @@ ENV PATH=/opt/stream2llm/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://localhost:8000/health')"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 ENTRYPOINT ["python3", "-m", "gateway"]
 CMD ["--host", "0.0.0.0"]

@@ -19,6 +19,6 @@ ENV PATH=/opt/locust/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001
 EXPOSE 8089
 HEALTHCHECK --interval=5s --timeout=3s --start-period=30s --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://localhost:8089/metrics')"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8089/metrics')"]
 ENTRYPOINT ["python3", "-m", "locust"]
 CMD ["--locustfile", "loadtest/locustfile.py", "--web-host", "0.0.0.0"]
