@@ -294,6 +294,8 @@ class EngineInfo(Message, frozen=True):
     """How often the engine gave back a request's KV to make room, since its start."""
     invalidated_tokens: int = 0
     """Computed tokens whose KV went because their prompt changed, since its start."""
+    abandoned_tokens: int = 0
+    """Computed tokens of prompts that were closed without having been answered, since its start."""
     policy: str = ""
     """By which it orders requests now; empty where it has none to choose."""
     policies: list[str] = []

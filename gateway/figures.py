@@ -70,4 +70,6 @@ _COUNTERS: tuple[_Figure, ...] = (
     ("preemptions", "Requests whose KV an engine gave back to make room", lambda i: i.preemptions),
     ("invalidated_tokens", "Tokens an engine computed for nothing: their prompt changed",
      lambda info: info.invalidated_tokens),
+    ("abandoned_tokens", "Tokens an engine computed for nothing: their prompt was given up",
+     lambda info: info.abandoned_tokens),
 )  # fmt: skip

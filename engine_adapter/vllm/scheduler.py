@@ -83,6 +83,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
         self.preemptions = 0
         """How often KV was taken from a request or an open prompt."""
         self._invalidated_tokens = 0
+        self._abandoned_tokens = 0
         self._check = os.environ.get(DEBUG_CHECKS) == "1"
         self._endings = Endings()
         self._shares = Shares()
@@ -176,6 +177,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             self.withdraw(prompt)
             self._present.discard(prompt_id)
             self._views.drop_prompt(prompt)
+            self._abandoned_tokens += prompt.request.num_computed_tokens
             self._release(prompt.request)
             self._replan = True
 
@@ -234,6 +236,7 @@ class StreamScheduler(AsyncScheduler):  # type: ignore[misc]
             "open_prompts": len(self._prompts),
             "preemptions": self.preemptions,
             "invalidated_tokens": self._invalidated_tokens,
+            "abandoned_tokens": self._abandoned_tokens,
             "policy": self._views.order.policy.name,
             "hardware": self.setup.hardware,
             "accelerators": self.vllm_config.parallel_config.world_size,

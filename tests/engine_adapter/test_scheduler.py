@@ -155,6 +155,18 @@ def test_documents_that_another_prompt_has_read_are_not_computed_again_piece_by_
     assert engine.answers["end"] == expected_answer(tokens, 2)
 
 
+def test_what_was_computed_for_a_prompt_that_is_given_up_is_counted(model_dir: Path) -> None:
+    engine = Engine(model_dir, 100)
+    for name in ("given up", "answered"):
+        engine.scheduler.open_prompt(name, list(range(41)), None, engine.hasher)
+    engine.drain()
+    engine.request("answer", list(range(45)), 2, "answered")
+    engine.scheduler.close_prompt("given up")
+    engine.scheduler.close_prompt("given up")
+    engine.drain()
+    assert engine.scheduler.load()["abandoned_tokens"] == 40
+
+
 def swapped_out(model_dir: Path, host_blocks: int = 60) -> Engine:
     """An engine with an open prompt, 81 tokens, whose KV had to go for another request."""
     engine = Engine(model_dir, SMALL_POOL_BLOCKS, host_blocks=host_blocks)

@@ -205,7 +205,12 @@ async def test_figures_of_streams_and_engines_are_those_of_the_moment(seen: Seen
         f'gen_ai_server_request_duration_seconds_count{{error_type="",{labels}}}',
     ):
         assert after[name] == before.get(name, 0) + 1
-    for name in ("kv_use_ratio", "preemptions_total", "invalidated_tokens_total"):
+    for name in (
+        "kv_use_ratio",
+        "preemptions_total",
+        "invalidated_tokens_total",
+        "abandoned_tokens_total",
+    ):
         (value,) = (v for k, v in after.items() if k.startswith(f"stream2llm_engine_{name}{{"))
         assert value == 0
 
