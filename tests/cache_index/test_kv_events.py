@@ -66,7 +66,7 @@ async def following(
     finally:
         begun_s = time.monotonic()
         await follower.stop()
-        assert time.monotonic() - begun_s < 1
+        assert time.monotonic() - begun_s < 5  # 10 is a wait for news
 
 
 async def agreed(engine: PublishedEngine, index: TinyIndex, within_s: float = 30) -> None:
@@ -196,7 +196,7 @@ async def test_an_index_that_was_away_is_told_from_memory(
         async def tried() -> bool:
             return index.calls > calls + 1
 
-        await until(tried, within_s=5)
+        await until(tried, within_s=30)
         if forgets:
             index.forget()
         index.away = False
@@ -226,7 +226,7 @@ async def test_a_lease_is_renewed_while_an_engine_is_silent_and_not_when_it_is_g
         async def renewed() -> bool:
             return index.calls >= calls + 3
 
-        assert await until(renewed, within_s=2) > 0.15
+        assert await until(renewed, within_s=10) > 0.15
         engine.stop()
         calls = index.calls
         with pytest.raises(AssertionError, match="not true in time"):
@@ -260,7 +260,7 @@ async def test_an_engine_may_end_in_the_middle_of_what_it_is_asked_for(
         for round_ in range(5):
             for name in range(200):
                 engine.publish(stored(name), lose=name % 7 == 0)
-            await until(engine.all_sent, within_s=5)
+            await until(engine.all_sent, within_s=30)
             for _ in range(4 * round_):
                 await asyncio.sleep(0)
             engine.restart()
@@ -275,18 +275,18 @@ async def test_without_snapshots_an_engine_is_followed_from_what_it_remembers(
     engine.can_say, engine.instance = False, ""
     for name in range(10):
         engine.publish(stored(name))
-    await until(engine.all_sent, within_s=5)
+    await until(engine.all_sent, within_s=30)
 
     async def up_to_date() -> bool:
         return index.expected == engine.batches
 
     async with following(engine, index):
-        await until(up_to_date, within_s=10)
+        await until(up_to_date, within_s=30)
         assert index.names == {7, 8, 9}, "what is older is not known"
         for name in range(20, 40):
             engine.publish(stored(name), lose=True)
         engine.publish(removed(39), stored(40))
-        await until(up_to_date, within_s=10)
+        await until(up_to_date, within_s=30)
         assert {38, 40} <= index.names <= engine.held
         engine.restart()
         engine.instance = ""
@@ -347,9 +347,9 @@ async def test_stopping_waits_for_nobody(engine: PublishedEngine) -> None:
         TinyIndex(), engine.source, snapshot, family=FAMILY, engine=ENGINE, lease_s=30
     )
     follower.start()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await asked.wait()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):  # a snapshot may take 30
         await follower.stop()
 
 

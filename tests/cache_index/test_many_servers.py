@@ -67,7 +67,7 @@ async def put_or_why(index: RedisIndex, stream: str, record: StreamRecord) -> st
 async def test_a_cluster_and_one_of_its_servers_dying(cluster: list[Server]) -> None:
     await until(lambda: whole(cluster), within_s=20)
     hosts = ",".join(f"127.0.0.1:{node.port}" for node in cluster[:2])
-    index = RedisIndex(f"redis+cluster://{hosts}", timeout_s=0.5, connect_timeout_s=0.5)
+    index = RedisIndex(f"redis+cluster://{hosts}", timeout_s=10, connect_timeout_s=10)
     streams = [f"s{n}" for n in range(30)]
     for stream in streams:
         await index.put(stream, RECORD, 60)
@@ -125,7 +125,8 @@ async def test_sentinel_names_the_primary_also_after_a_failover(
         return known and "state=online" in tell(primary, "INFO replication")
 
     await until(replica_follows, within_s=30)
-    index = RedisIndex(f"redis+sentinel://127.0.0.1:{watch.port}/index/0", timeout_s=0.5)
+    url = f"redis+sentinel://127.0.0.1:{watch.port}/index/0"
+    index = RedisIndex(url, timeout_s=10, connect_timeout_s=10)
     await index.put("s", RECORD, 60)
     assert "1" in tell(primary, "WAIT 1 5000")
     primary.kill()

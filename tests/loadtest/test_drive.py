@@ -38,7 +38,7 @@ async def front(url: str, model: str = MODEL) -> AsyncIterator[Front]:
 
 
 async def driven(url: str, queries: list[Query], mix: Mix | None = None) -> Seen:
-    async with asyncio.timeout(20), front(url) as gateway:
+    async with asyncio.timeout(60), front(url) as gateway:
         return await drive(gateway, queries, Words(), mix or Mix())
 
 
@@ -128,19 +128,19 @@ async def served(slow: Slow) -> AsyncIterator[str]:
 
 
 async def test_a_slow_gateway_neither_slows_the_load_nor_hides_its_queue() -> None:
-    """50 arrivals in half a second, of which a gateway serves one in 40 ms: the last waits 1.5 s.
+    """50 arrivals in half a second, of which a gateway serves one in 0.2 s: the last waits 9.5 s.
 
-    A driver that waits for its answers (coordinated omission) would see 40 ms each.
+    A driver that waits for its answers (coordinated omission) would see 0.2 s each.
     """
-    slow, gap_s = Slow(service_s=0.04), 0.01
+    slow, gap_s = Slow(service_s=0.2), 0.01
     async with served(slow) as url:
         seen = await driven(url, [chunked(i, gap_s * i, 0.0) for i in range(50)])
     assert seen.errors == {}
     arrivals = [at_s - slow.opened_s[0] for at_s in slow.opened_s]
-    assert arrivals[-1] < 1.0  # 0.49 s; two seconds if the load had been slowed
+    assert arrivals[-1] < 5  # 0.49 s; ten seconds if the load had been slowed
     waits_s = sorted(seen.chunk_ack_s)
-    assert waits_s[-1] > 50 * 0.04 - 0.5
-    assert statistics.median(waits_s) > 0.6
+    assert waits_s[-1] > 50 * 0.2 - 1
+    assert statistics.median(waits_s) > 4
     assert min(seen.ttft_s) >= min(seen.chunk_ack_s)  # from when it was due, the queue included
 
 

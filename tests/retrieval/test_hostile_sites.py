@@ -126,20 +126,26 @@ async def test_a_hostile_site_is_crawled_by_the_deadline_within_bounds(
 ) -> None:
     bomb(100)
     limits = CrawlLimits(
-        pages=10_000, depth=50, delay_s=0, backoff_s=0.1, concurrency_per_site=8, site_failures=99
+        pages=10_000,  # 25 s at least, 8 at a time
+        urls=50_000,
+        depth=50,
+        delay_s=0,
+        backoff_s=0.1,
+        concurrency_per_site=8,
+        site_failures=99,
     )
     async with serving(hostile) as site, growth() as grown:
-        policy = local(site, idle_s=0.5, total_s=0.8)
+        policy = local(site, idle_s=1.0, total_s=2.0)
         begun_s = time.monotonic()
         pages = await gather(
-            Crawl([site.url()], limits=limits, policy=policy), deadline_s=begun_s + 1.2
+            Crawl([site.url()], limits=limits, policy=policy), deadline_s=begun_s + 4
         )
         took_s = time.monotonic() - begun_s
     kinds = [page.id.removeprefix(site.url("/")).split("/")[0] for page in pages]
     record_property("growth_mib", grown[0] / MIB)
     with capsys.disabled():
         print(f" [{len(pages)} pages in {took_s:.2f} s, grew by {grown[0] / MIB:.0f} MiB]", end="")
-    assert 1.2 <= took_s < 2.5
+    assert 4 <= took_s < 15
     assert set(kinds) == {"", "endless", "wrong", "good"}
     assert kinds.count("endless") > 10
     assert len(kinds) == len({page.id for page in pages})
@@ -164,21 +170,29 @@ async def test_too_large_bodies_are_refused_early(path: str, reason: str) -> Non
         begun_s = time.monotonic()
         with pytest.raises(BodyRefused, match=reason):
             await fetcher.fetch(site.url(path))
-        assert time.monotonic() - begun_s < 2
+        assert time.monotonic() - begun_s < 8
     assert grown[0] < 30 * MIB
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"),
-    [("/slow/1", "not read in 0.4 s"), ("/silent/1", "Timeout"), ("/reset/1", "disconnected")],
+    ("path", "idle_s", "total_s", "reason"),
+    [
+        ("/slow/1", 10, 0.4, "not read in 0.4 s"),
+        ("/silent/1", 0.2, 10, "Timeout"),
+        ("/reset/1", 10, 10, "disconnected"),
+    ],
 )
-async def test_slow_and_broken_connections_are_given_up(path: str, reason: str) -> None:
-    policy = {"idle_s": 0.2, "total_s": 0.4}
-    async with serving(hostile) as site, Fetcher(local(site, **policy)) as fetcher:
+async def test_slow_and_broken_connections_are_given_up(
+    path: str, idle_s: float, total_s: float, reason: str
+) -> None:
+    async with (
+        serving(hostile) as site,
+        Fetcher(local(site, idle_s=idle_s, total_s=total_s)) as fetcher,
+    ):
         begun_s = time.monotonic()
         with pytest.raises(Unreachable, match=reason):
             await fetcher.fetch(site.url(path))
-        assert time.monotonic() - begun_s < 1
+        assert time.monotonic() - begun_s < 8
 
 
 async def crawled(site: Site, **limits: Any) -> list[Passage]:
@@ -259,4 +273,4 @@ def test_a_page_made_to_be_slow_is_read_in_reasonable_time() -> None:
     body = b"<table>" + b"<tr><td>a<td>b<td>c" * 45_000
     begun_s = time.monotonic()
     read_page(httpx.URL("http://a.test/"), "text/html", body)
-    assert time.monotonic() - begun_s < 3  # looking for the main text would take 8
+    assert time.monotonic() - begun_s < 6  # looking for the main text would take 8

@@ -89,7 +89,7 @@ async def test_what_comes_after_a_ranking_has_ended_stands_behind_it() -> None:
         Part(Scripted("web", found(*"abc"))),
         Part(Scripted("slow", ranked("p q"), hangs=True)),
     ]
-    lists, _ = await run(parts, query=Query("q", time.monotonic() + 0.05))
+    lists, _ = await run(parts, query=Query("q", time.monotonic() + 1))
     order = texts(lists[-1])
     assert order[0] == "a"
     assert order.index("y") == order.index("x") + 1 < order.index("c")
@@ -142,12 +142,12 @@ async def test_a_source_that_fails_costs_only_itself() -> None:
 async def test_at_its_own_deadline_or_the_query_s_a_source_ends_with_what_it_gave() -> None:
     now = time.monotonic()
     parts = [
-        Part(Scripted("early", found("a"), hangs=True), deadline_s=now + 0.03),
+        Part(Scripted("early", found("a"), hangs=True), deadline_s=now + 1),
         Part(Scripted("late", ranked("x y"), hangs=True), deadline_s=now + 100),
         Part(Scripted("done", found("b"))),
     ]
-    lists, report = await run(parts, query=Query("q", now + 0.1))
-    assert 0.1 <= time.monotonic() - now < 2
+    lists, report = await run(parts, query=Query("q", now + 2))
+    assert 2 <= time.monotonic() - now < 20
     assert sorted(texts(lists[-1])) == ["a", "b", "x", "y"]
     assert [s.ended for s in report.sources] == ["deadline", "deadline", "complete"]
 
@@ -170,7 +170,7 @@ async def test_a_source_without_end_leaves_room_for_others_and_for_a_slow_reader
                 yield Found(Passage(str(number), f"text {number}"))
 
     parts = [Part(Endless("endless", [])), Part(Scripted("ann", ranked("x")))]
-    lists, report = await run(parts, Budget(len, 100, "latest"), Query("q", time.monotonic() + 0.1))
+    lists, report = await run(parts, Budget(len, 100, "latest"), Query("q", time.monotonic() + 1))
     assert sum(map(len, texts(lists[-1]))) <= 100
     assert "x" in texts(lists[-1])
     assert [s.ended for s in report.sources] == ["deadline", "complete"]

@@ -40,7 +40,7 @@ async def test_what_is_put_comes_out_before_the_end() -> None:
     async with aclosing(push.search(Query(""))) as found:
         for number in range(3):
             await push.put(passage(number))
-            assert (await asyncio.wait_for(anext(found), 1)).passage == passage(number)
+            assert (await asyncio.wait_for(anext(found), 10)).passage == passage(number)
 
 
 async def test_a_full_queue_makes_the_app_wait() -> None:
@@ -52,7 +52,7 @@ async def test_a_full_queue_makes_the_app_wait() -> None:
     assert not third.done()
     async with aclosing(push.search(Query(""))) as found:
         await anext(found)
-        await asyncio.wait_for(third, 1)
+        await asyncio.wait_for(third, 10)
 
 
 async def test_it_ends_at_the_deadline_with_what_was_put() -> None:
@@ -60,7 +60,7 @@ async def test_it_ends_at_the_deadline_with_what_was_put() -> None:
     await push.put(passage(0))
     begun_s = time.monotonic()
     assert await gather(push, deadline_s=begun_s + 0.2) == [passage(0)]
-    assert 0.2 <= time.monotonic() - begun_s < 1.0
+    assert 0.2 <= time.monotonic() - begun_s < 10
     with pytest.raises(InputEnded):
         await push.put(passage(1))
 
@@ -72,7 +72,7 @@ async def test_after_its_end_nothing_is_taken_in() -> None:
     await asyncio.sleep(0)
     push.end()
     with pytest.raises(InputEnded):
-        await asyncio.wait_for(waiting, 1)
+        await asyncio.wait_for(waiting, 10)
     assert await gather(push) == [passage(0)]
 
 
@@ -87,7 +87,7 @@ async def test_closing_the_search_frees_who_waits_to_put_and_leaves_no_task() ->
     await asyncio.sleep(0)
     await searching.aclose()
     with pytest.raises(InputEnded):
-        await asyncio.wait_for(waiting, 1)
+        await asyncio.wait_for(waiting, 10)
     assert tasks() == before
 
 
