@@ -23,7 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loadtest import real, simulation
 from loadtest.plots import draw
@@ -33,9 +33,12 @@ from loadtest.results import LEGEND, SIMULATED, Result, load, markdown, save
 from loadtest.simulation import Case, Played
 
 WORKLOADS = tuple(RATES)
+TOKENS = 288
 RECORDED = 24
 """Queries of each simulated row of which the Gantt chart is made."""
 VERSIONS = ("aiohttp", "matplotlib", "numpy", "torch", "transformers")
+
+T = TypeVar("T")
 
 
 def main() -> int:
@@ -101,6 +104,7 @@ TARGETS: dict[str, Callable[[argparse.Namespace], Iterator[Result]]] = {
 def about_this(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on."""
     settings = {name: value for name, value in vars(options).items() if name != "out"}
+    tokens = " or ".join(str(count) for count in dict.fromkeys(options.tokens.values()))
     return {
         "machine": processor(),
         "cores": os.cpu_count(),
@@ -110,7 +114,7 @@ def about_this(options: argparse.Namespace) -> dict[str, Any]:
         "versions": {name: version(name) for name in VERSIONS},
         "settings": settings,
         "real": "smollm2-135m-instruct, float32, on this machine's CPU; traces scaled to "
-        f"{options.tokens} tokens a prompt; KV of 24 mean prompts over {options.memory_share}",
+        f"{tokens} tokens a prompt; KV of 24 mean prompts over {options.memory_share}",
         "simulated": "ESTIMATED step times of Llama-3.1-8B on 2x H100, or 2x H200 with "
         f"{simulation.HOST_BYTES >> 30} GiB of host memory where delays are multiplied; steps of "
         "8192 tokens; answers of one token",
@@ -142,6 +146,22 @@ def listed(choices: Sequence[str]) -> Callable[[str], list[str]]:
     return read
 
 
+def each(read: Callable[[str], T]) -> Callable[[str], dict[str, T]]:
+    """Reads a value for every workload, or `name=value` for some; what is empty is left out."""
+
+    def values(text: str) -> dict[str, T]:
+        found: dict[str, T] = {}
+        for part in text.split(",") if "=" in text else [f"={text}"]:
+            name, _, value = part.partition("=")
+            if name and name not in WORKLOADS:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(WORKLOADS)}")
+            if value:
+                found |= dict.fromkeys([name] if name else WORKLOADS, read(value))
+        return found
+
+    return values
+
+
 def rates(text: str) -> list[float]:
     """Reads queries per second, with commas in between."""
     values = [float(word) for word in text.split(",")]
@@ -163,15 +183,23 @@ def arguments() -> argparse.Namespace:
     sim.add_argument("--processes", type=int, default=os.cpu_count(), help="that simulate")
     engine = parser.add_argument_group("rows of a real engine")
     engine.add_argument("--queries", type=int, default=36, help="in each")
-    engine.add_argument("--real-qps", type=rates, help="(default: as keeps 24 prompts open)")
-    engine.add_argument("--tokens", type=int, default=288, help="of the mean prompt")
+    engine.add_argument(
+        "--real-qps", type=each(rates), default="",
+        help="for all workloads, or crawl=1.2,ann=1.6 (default: as keeps 24 prompts open)",
+    )  # fmt: skip
+    engine.add_argument(
+        "--tokens", type=each(int), default="",
+        help=f"of the mean prompt, for all workloads or for some (default: {TOKENS})",
+    )  # fmt: skip
     engine.add_argument("--answer-tokens", type=int, default=4)
     engine.add_argument("--step-tokens", type=int, default=128)
     engine.add_argument("--memory-share", type=int, default=1, help="4: KV for a quarter of them")
     engine.add_argument("--patience", type=float, default=20.0, help="seconds without a step")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder")
     parser.add_argument("--redraw", action="store_true", help="tables and pictures from the JSON")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.tokens = dict.fromkeys(WORKLOADS, TOKENS) | options.tokens
+    return options
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ def loads_of(options: argparse.Namespace) -> list[Load]:
     """The traces, scaled; the same for a seed."""
     scripted = _scripted(ExactTexts(str(model_dir())))
     return [
-        load_of(name, options.queries, options.tokens, options.seed, scripted, qps)
+        load_of(name, options.queries, options.tokens[name], options.seed, scripted, qps)
         for name in options.workloads
-        for qps in options.real_qps or (None,)
+        for qps in options.real_qps.get(name, (None,))
     ]
 
 

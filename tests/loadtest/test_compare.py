@@ -139,3 +139,26 @@ async def test_a_query_goes_through_a_gateway(
     assert outcome.ttft_s is not None
     assert outcome.ttft_s > 0
     assert [tokens for _, tokens in outcome.invalidated] == ([60] if update else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "rates", "tokens"),
+    [
+        ([], {}, {"crawl": 288, "ann": 288}),
+        (["--real-qps", "1,2"], {"crawl": [1, 2], "ann": [1, 2]}, {"crawl": 288, "ann": 288}),
+        (
+            ["--real-qps", "crawl=1.2,ann=1.6", "--tokens", "ann=144"],
+            {"crawl": [1.2], "ann": [1.6]},
+            {"crawl": 288, "ann": 144},
+        ),
+    ],
+)
+def test_each_workload_may_have_its_own_rate_and_length(
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    rates: dict[str, list[float]],
+    tokens: dict[str, int],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare", *given])
+    options = compare.arguments()
+    assert (options.real_qps, options.tokens) == (rates, tokens)
