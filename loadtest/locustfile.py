@@ -38,6 +38,7 @@ TEXTS = tuple(
 
 @events.init_command_line_parser.add_listener
 def _arguments(parser: LocustArgumentParser) -> None:
+    parser.add_argument("--api-key", default="", is_secret=True, help="of a tenant")
     group = parser.add_argument_group("streams")
     group.add_argument("--model", default="", help="default: the first that the gateway names")
     group.add_argument("--chunks", type=int, default=4, help="chunks or lists of one stream")
@@ -62,6 +63,8 @@ class GatewayUser(HttpUser):
         """Learn which model there is."""
         self.options = self.environment.parsed_options
         self.chance = random.Random()
+        if self.options.api_key:
+            self.client.headers["Authorization"] = f"Bearer {self.options.api_key}"
         self.model = self.options.model or self._served()
 
     def _served(self) -> str:

@@ -160,10 +160,16 @@ async def test_what_a_list_moved_waits_until_an_operation_carries_it(stack: Stac
     async with stack.client.stream(MODEL, MESSAGES) as stream:
         first = await stream.replace([A, B])
         await read_whole(stream)
-        stack.engine.core.delay_s = lambda: 0.5
+        operations = stack.engine.core.operations
+        before = len(operations)
+
+        async def begun() -> bool:
+            return len(operations) > before
+
+        stack.engine.core.delay_s = lambda: 5.0
         try:
             await stream.send("carried by an operation that takes long")
-            await asyncio.sleep(0.1)
+            await until(begun, within_s=10)
             moved = await stream.replace([{"id": "b"}, {"id": "a"}])
             assert moved["tokens_received"] == first["tokens_received"]
             held = stack.app[STREAMS].find(stream.id)

@@ -83,7 +83,7 @@ async def running(
 
 @pytest_asyncio.fixture(scope="session")
 async def running_pair(model_dir: Path) -> AsyncIterator[Pair]:
-    async with running(model_dir, 0.5) as pair:
+    async with running(model_dir, 10) as pair:
         yield pair
 
 
@@ -125,14 +125,23 @@ async def test_a_short_answer_stays(pair: Pair) -> None:
     assert 'stream2llm_handoffs_total{decoded="here",reason="short_answer"} 1.0' in metrics
 
 
-@pytest.mark.parametrize("failure", ["lost", "late", "refused"])
+@pytest.mark.parametrize("failure", ["lost", "refused"])
 async def test_what_the_decode_engine_can_not_have_is_read_again(pair: Pair, failure: str) -> None:
     if failure == "lost":
         pair.decodes.fetch = lambda kv_transfer: False
-    elif failure == "late":
-        pair.decodes.answer_gate.clear()
     else:
         pair.decodes.refuses = (500, "out of order")
+    await is_read_again(pair)
+
+
+async def test_what_the_decode_engine_has_too_late_is_read_again(model_dir: Path) -> None:
+    async with running(model_dir, 0.5) as pair:
+        pair.decodes.answer_gate.clear()
+        await is_read_again(pair)
+        pair.decodes.answer_gate.set()
+
+
+async def is_read_again(pair: Pair) -> None:
     text, status = await answer(pair, max_tokens=4)
     assert text == "ananswer"  # the engine that reads begins anew behind its own first token
     assert status["handoff"]["resumed"] == 1
@@ -174,7 +183,7 @@ async def test_a_client_that_hangs_up_frees_both_sides(pair: Pair, phase: str) -
     async def freed() -> bool:
         return pair.is_clean and len(pair.decodes.aborted) == 1
 
-    await until(freed, within_s=1)
+    await until(freed, within_s=8)
 
 
 @pytest.mark.engine

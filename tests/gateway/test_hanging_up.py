@@ -17,7 +17,7 @@ from tests.conftest import until
 from tests.fake_engine import MODEL, FakeCore
 from tests.gateway.pools import QUESTION, Front, front
 
-FREED_S = 1.0
+FREED_S = 10.0
 LONG_S = 30.0
 
 

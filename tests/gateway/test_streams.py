@@ -57,20 +57,22 @@ async def test_the_engine_is_asked_for_head_chunks_in_order_and_tail(
 
 
 async def test_chunks_that_arrive_during_an_operation_go_into_the_next_one(stack: Stack) -> None:
-    stack.engine.core.delay_s = lambda: 0.3
+    stack.engine.core.delay_s = lambda: 1.0
     stack.engine.core.operations.clear()
-    async with stack.client.stream(MODEL, MESSAGES) as stream:
-        for i in range(30):
-            await stream.send(f"chunk {i}")
-        await stream.finish()
-    stack.engine.core.delay_s = lambda: 0.0
+    try:
+        async with stack.client.stream(MODEL, MESSAGES) as stream:
+            for i in range(30):
+                await stream.send(f"chunk {i}")
+            await stream.finish()
+    finally:
+        stack.engine.core.delay_s = lambda: 0.0
     assert stack.engine.core.operations.count("extend") <= 5
 
 
 async def test_finish_does_not_wait_for_an_operation_under_way(stack: Stack) -> None:
-    stack.engine.core.delay_s = lambda: 3.0
+    stack.engine.core.delay_s = lambda: 30.0
     try:
-        async with asyncio.timeout(1.5), stack.client.stream(MODEL, MESSAGES) as stream:
+        async with asyncio.timeout(10), stack.client.stream(MODEL, MESSAGES) as stream:
             await stream.send("late")
             assert (await stream.finish())["choices"][0]["message"]["content"] == "answer"
     finally:

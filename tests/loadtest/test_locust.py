@@ -18,6 +18,7 @@ from gateway.settings import Settings
 from loadtest.sse import AnswerBroken, read_answer
 from tests.conftest import until
 from tests.fake_engine import MODEL, FakeEngine
+from tests.gateway.tenancy import tenants_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -42,11 +43,20 @@ async def locust(
     return process.returncode, json.loads(output)
 
 
-async def test_its_statistics_have_what_users_of_a_gateway_feel(model_dir: Path) -> None:
+@pytest.mark.parametrize("with_tenants", [False, True])
+async def test_its_statistics_have_what_users_of_a_gateway_feel(
+    model_dir: Path, tmp_path: Path, with_tenants: bool
+) -> None:
+    file = tmp_path / "tenants.toml"
+    keys = tenants_file(file, acme="")
+    named = ("--api-key", keys["acme"]) if with_tenants else ("--model", MODEL)
     engine = TestServer(FakeEngine().app())
     await engine.start_server()
     url = str(engine.make_url("")).rstrip("/")
-    gateway = TestServer(build(Settings(engine=(url,), tokenizer=str(model_dir))))
+    settings = Settings(
+        engine=(url,), tokenizer=str(model_dir), tenants=str(file) if with_tenants else None
+    )
+    gateway = TestServer(build(settings))
     await gateway.start_server()
     metrics = gateway.app[METRICS].registry
 
@@ -58,7 +68,8 @@ async def test_its_statistics_have_what_users_of_a_gateway_feel(model_dir: Path)
 
     code, rows = await locust(
         str(gateway.make_url("")).rstrip("/"),
-        *("--model", MODEL, "--gap-s", "0.01", "--chunks", "3"),
+        *named,
+        *("--gap-s", "0.01", "--chunks", "3"),
         *("--users", "7", "--spawn-rate", "100"),
         *("Appending", "Ranking", "GivingUp"),
         enough=enough,
