@@ -3,7 +3,8 @@
 Drained, it says that it is not ready, refuses new streams, and lets what is under way end: answers,
 requests that are passed through, retrievals. Open streams go on at another replica, as soon as
 there is one and they are between two requests; where there is none they have to end here, unless
-whoever is started next can go on with them.
+whoever is started next can go on with them. What is asked of streams elsewhere is still sent on for
+a while; then clients that keep coming here have to go there.
 
 What is still under way when the gateway ends, drained or not, is cut off: clients are told to ask
 another replica, which finds the stream as it was before its `finish`.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
@@ -40,6 +41,9 @@ WATCHING = frozenset({"/health", "/ready", "/metrics"})
 """Requests that nobody has to wait for."""
 ENDS = "this gateway ends: ask another one"
 LOOK_S = 0.05
+LEAVE_S = 2.0
+"""So long a drained gateway that has nothing left lets those in who come all the same, to be sent
+on. Those who are there have their connections closed with their next answers."""
 QUIET_S = 0.5
 """Behind the last request, before connections that are still there are closed: closed in the moment
 in which a client uses it, one would take the request with it."""
@@ -54,6 +58,8 @@ class Lifecycle:
         self.draining = False
         self.ending = False
         """Nothing is answered any more; that connections break says nothing of clients."""
+        self.close_door: Callable[[], None] = lambda: None
+        """Lets nobody in any more; once more is no error."""
         self.requests = 0
         """Under way."""
         self._last_s = -float("inf")
@@ -138,6 +144,8 @@ class Lifecycle:
                 return False
             if others:
                 await asyncio.gather(*(stream.release() for stream in streams.movable))
+                if took_s > LEAVE_S and not (streams.bound or streams.movable):
+                    self.close_door()  # or, with enough of them, somebody always asks
             await asyncio.sleep(LOOK_S)
         logger.info("drained in %.1f s", time.monotonic() - begun_s)
         return True

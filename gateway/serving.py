@@ -42,6 +42,7 @@ async def serve(app: web.Application) -> None:
         if admins is not None:
             await _listening(running, admins, app, settings.admin_host, settings.admin_port)
             print(f"admin routes on http://{settings.admin_host}:{settings.admin_port}", flush=True)
+        app[LIFECYCLE].close_door = door.close
         loop.add_signal_handler(signal.SIGTERM, _drain, app, loop, ended)
         loop.add_signal_handler(signal.SIGHUP, _reload, app)
         garbage.make_rare()

@@ -89,13 +89,13 @@ class Seen:
 
     since_s: float = field(default_factory=time.perf_counter)
     ack_s: list[float] = field(default_factory=list)
-    """Of each chunk that was taken, from when it was due."""
+    """Of each chunk that was taken, from when it was due, be its stream open by then or not."""
     opened: int = 0
     answered: int = 0
     due: int = 0
     """Chunks that were to be posted."""
     late_s: list[float] = field(default_factory=list)
-    """By how much this process itself was late to post each of them."""
+    """By how much this process itself was late to post each of them, once its stream was open."""
     errors: Counter[str] = field(default_factory=Counter)
 
     def figures(self, seconds: float) -> Json:
@@ -225,13 +225,14 @@ class Flood:
             Refused, Broken: a chunk was not taken.
         """
         path, rng, load = path + "/chunks", self._rng, self._load
+        opened_s = time.perf_counter()
         posts = list[asyncio.Future[Answer]]()
         for _ in range(chunks):
             due_s += rng.uniform(0.5, 1.5) * load.life_s / load.chunks
             await _until(due_s)
             body = b'{"text":"%b"}' % " ".join(rng.choices(self._words, k=load.words)).encode()
             self.seen.due += 1
-            self.seen.late_s.append(time.perf_counter() - due_s)
+            self.seen.late_s.append(time.perf_counter() - max(due_s, opened_s))
             while posts and posts[0].done():
                 _checked(posts.pop(0).result(), 202)
             post = wire.ask("POST", path, body, ASK_S)

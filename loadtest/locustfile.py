@@ -38,7 +38,9 @@ TEXTS = tuple(
 
 @events.init_command_line_parser.add_listener
 def _arguments(parser: LocustArgumentParser) -> None:
-    parser.add_argument("--api-key", default="", is_secret=True, help="of a tenant")
+    parser.add_argument(
+        "--api-key", env_var="LOCUST_API_KEY", default="", is_secret=True, help="of a tenant"
+    )
     group = parser.add_argument_group("streams")
     group.add_argument("--model", default="", help="default: the first that the gateway names")
     group.add_argument("--chunks", type=int, default=4, help="chunks or lists of one stream")

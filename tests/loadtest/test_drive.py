@@ -144,6 +144,34 @@ async def test_a_slow_gateway_neither_slows_the_load_nor_hides_its_queue() -> No
     assert min(seen.ttft_s) >= min(seen.chunk_ack_s)  # from when it was due, the queue included
 
 
+class Busy(Words):
+    """Keeps the whole driver busy for a second before it has the text of one document."""
+
+    def __init__(self, doc_id: int) -> None:
+        self._doc_id = doc_id
+
+    def of(self, document: Document) -> str:
+        if document.doc_id == self._doc_id:
+            time.sleep(1.0)
+        return super().of(document)
+
+
+async def test_a_driver_that_is_late_within_a_stream_says_so() -> None:
+    late = chunked(1, 0.0, 0.0, 1.0)
+    async with served(Slow(0.0)) as url, asyncio.timeout(60), front(url) as gateway:
+        seen = await drive(gateway, [late, chunked(2, 0.5, 0.0)], Busy(20), Mix())
+    assert seen.errors == {}
+    assert max(seen.driver_late_s) > 0.4  # busy from 0.5 s to 1.5 s
+    assert max(seen.chunk_ack_s) >= max(seen.driver_late_s)
+
+
+async def test_a_step_that_waits_for_the_gateway_is_not_the_drivers_lateness() -> None:
+    async with served(Slow(0.2)) as url:
+        seen = await driven(url, [chunked(1, 0.0, 0.0, 0.1, 0.2)])
+    assert (seen.chunks, seen.errors) == (3, {})
+    assert len(seen.driver_late_s) == 1  # of its start
+
+
 def test_which_events_bring_tokens() -> None:
     deltas: list[dict[str, str]] = [
         {"role": "assistant", "content": ""}, {"content": "a"}, {"content": ""},
