@@ -134,6 +134,7 @@ async def test_what_the_decode_engine_can_not_have_is_read_again(pair: Pair, fai
     await is_read_again(pair)
 
 
+@pytest.mark.slow
 async def test_what_the_decode_engine_has_too_late_is_read_again(model_dir: Path) -> None:
     async with running(model_dir, 0.5) as pair:
         pair.decodes.answer_gate.clear()

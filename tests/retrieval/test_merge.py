@@ -83,6 +83,7 @@ async def test_the_changing_part_stands_last() -> None:
     ]
 
 
+@pytest.mark.slow
 async def test_what_comes_after_a_ranking_has_ended_stands_behind_it() -> None:
     parts = [
         Part(Scripted("ann", ranked("x y"))),
@@ -139,6 +140,7 @@ async def test_a_source_that_fails_costs_only_itself() -> None:
     assert not report.complete
 
 
+@pytest.mark.slow
 async def test_at_its_own_deadline_or_the_query_s_a_source_ends_with_what_it_gave() -> None:
     now = time.monotonic()
     parts = [
@@ -161,6 +163,7 @@ async def test_closing_ends_all_searches() -> None:
     assert asyncio.all_tasks() == before
 
 
+@pytest.mark.slow
 async def test_a_source_without_end_leaves_room_for_others_and_for_a_slow_reader() -> None:
     class Endless(Scripted):
         async def search(self, query: Query) -> AsyncGenerator[Found | Ranked, None]:
