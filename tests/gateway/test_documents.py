@@ -161,10 +161,10 @@ async def test_what_a_list_moved_waits_until_an_operation_carries_it(stack: Stac
         first = await stream.replace([A, B])
         await read_whole(stream)
         operations = stack.engine.core.operations
-        before = len(operations)
+        before = operations.count("extend")
 
         async def begun() -> bool:
-            return len(operations) > before
+            return operations.count("extend") > before
 
         stack.engine.core.delay_s = lambda: 5.0
         try:

@@ -229,6 +229,7 @@ async def test_a_stream_ends_by_its_age_and_by_silence(
     running: tuple[Gateway, dict[str, str]], name: str
 ) -> None:
     async with client_of(running, name) as http:
+        begun_s = time.monotonic()
         path = f"/v1/streams/{(await http.post('/v1/streams', json=BODY)).json()['id']}"
 
         async def expired() -> bool:
@@ -236,7 +237,8 @@ async def test_a_stream_ends_by_its_age_and_by_silence(
                 await http.post(path + "/chunks", json={"text": "x"})
             return bool((await http.get(path)).json()["state"] == "expired")
 
-        assert await until(expired, within_s=5, every_s=0.1) > 0.3
+        await until(expired, within_s=5, every_s=0.1)
+        assert time.monotonic() - begun_s > 0.3
 
 
 async def test_an_answer_that_takes_too_long_is_broken_off_with_a_reason(
@@ -262,7 +264,7 @@ async def test_a_busy_engine_gets_no_new_streams_and_the_refusal_is_quick(
         engine = at.app[ENGINES].all[0]
         monkeypatch.setattr(engine, "placed_tokens", 2_000_000)
         took_s = []
-        large = BODY | {"documents": [{"text": "word " * 100_000}]}
+        large = BODY | {"documents": [{"text": "word " * 800_000}]}  # a second's tokenizing
         for _ in range(10):
             begun_s = time.monotonic()
             refused(await http.post("/v1/streams", json=large), "overloaded")
@@ -271,4 +273,4 @@ async def test_a_busy_engine_gets_no_new_streams_and_the_refusal_is_quick(
         # Streams that are open go on.
         assert (await http.post(path + "/chunks", json={"text": "x"})).status_code == 202
         assert (await http.post(path + "/finish", json={"stream": False})).status_code == 200
-    assert sorted(took_s)[5] < 0.05
+    assert sorted(took_s)[5] < 0.5

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from gateway.app import build
 from gateway.client import Client, StreamError
+from gateway.keys import LIFECYCLE
 from gateway.prompt import Document
 from gateway.retrieving import arrange
 from gateway.settings import Settings
@@ -236,7 +237,7 @@ async def test_the_context_leaves_room_for_the_answer(here: Retrieving) -> None:
 async def test_at_a_deadline_the_answer_starts_with_what_there_is_and_says_so(
     here: Retrieving, own: bool
 ) -> None:
-    late = {"deadline_s": 0.4}
+    late = {"deadline_s": 2.0}
     stuck, good = [here.crawl("/never"), ann("wait for ever")], here.crawl("/endless/0", depth=2)
     wanted = {"sources": [source | late for source in stuck] + [good]}
     if not own:
@@ -247,7 +248,7 @@ async def test_at_a_deadline_the_answer_starts_with_what_there_is_and_says_so(
         assert status["retrieval"]["state"] == "running"
         assert "running" in ends(status["retrieval"])
         retrieval = (await stream.finish())["retrieval"]
-    assert time.monotonic() - began_s < 3
+    assert time.monotonic() - began_s < 4.8  # below `MAX_S`
     assert not retrieval["complete"]
     assert ends(retrieval) == ["deadline", "deadline", "complete" if own else "deadline"]
     assert not own or len(retrieval["documents"]) == 3
@@ -338,7 +339,7 @@ async def test_cancelling_a_stream_ends_its_sources_at_once(here: Retrieving) ->
 
     async with here.client.stream(MODEL, MESSAGES, retrieval=[here.crawl("/never")]) as stream:
         await until(waiting, within_s=3)
-    await until(gone, within_s=1)
+    await until(gone, within_s=4)
     status = (await here.http.get(f"{here.url}/v1/streams/{stream.id}")).json()
     assert status["state"] == "cancelled"
     assert (status["retrieval"]["state"], ends(status["retrieval"])) == ("cancelled", ["cancelled"])
@@ -348,16 +349,20 @@ async def test_a_client_that_goes_away_while_it_waits_ends_all(here: Retrieving)
     async def waiting() -> bool:
         return here.pages.waiting == 1
 
+    async def asked() -> bool:
+        return here.app[LIFECYCLE].requests == 1 and await waiting()
+
     async def gone() -> bool:
         return here.pages.waiting == 0 and not here.engine.core.tokens
 
     body = {"model": MODEL, "messages": MESSAGES, "retrieval": [here.crawl("/never")]}
     opened = (await here.post("/v1/streams", body)).json()
+    await until(waiting, within_s=3)
     for path, sent in ((f"/v1/streams/{opened['id']}/finish", {}), ("/v1/chat/completions", body)):
         asking = asyncio.create_task(here.post(path, sent))
-        await until(waiting, within_s=3)
+        await until(asked, within_s=3)
         asking.cancel()
-        await until(gone, within_s=1)
+        await until(gone, within_s=4)
 
 
 async def test_more_searches_than_allowed_are_refused(here: Retrieving) -> None:
@@ -370,7 +375,7 @@ async def test_more_searches_than_allowed_are_refused(here: Retrieving) -> None:
 
 
 async def test_a_ranked_list_waits_for_the_end_of_retrieval(here: Retrieving) -> None:
-    sources = [here.crawl("/never", deadline_s=0.3), here.crawl("/one")]
+    sources = [here.crawl("/never", deadline_s=2.0), here.crawl("/one")]
     async with here.client.stream(MODEL, MESSAGES, retrieval=sources) as stream:
         with pytest.raises(StreamError) as refused:
             await stream.replace([{"text": "mine"}])
@@ -379,7 +384,7 @@ async def test_a_ranked_list_waits_for_the_end_of_retrieval(here: Retrieving) ->
         async def ended() -> bool:
             return bool((await stream.status())["retrieval"]["state"] == "ended")
 
-        await until(ended, within_s=3)
+        await until(ended, within_s=10)
         await stream.replace([{"text": "mine"}, {"id": here.site.url("/one")}])
         await stream.finish()
         wanted = await expected_tokens(here, ["mine", "What there is to say about one."])

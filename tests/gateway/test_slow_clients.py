@@ -142,10 +142,15 @@ async def test_deadlines_hold_on_the_loop_that_gateways_run_on(model_dir: Path) 
     async def told_off() -> None:
         async with door(model_dir, max_connections=1) as at:
             reader, writer = await at.connect()
-            writer.write(HEAD.encode())
+
+            async def full() -> bool:
+                return at.metric("stream2llm_connections") == 1
+
+            await until(full, within_s=LATE_S)
             refused, other = await at.connect()
             other.write(HEAD.encode())
             await told(refused, 503, "overloaded")
+            writer.write(HEAD.encode())  # its deadline begins
             await told(reader, 408, "request_timeout")
             writer.close()
             other.close()
@@ -200,14 +205,15 @@ async def test_a_body_that_does_not_arrive_is_a_408(model_dir: Path, sent: int) 
 
 
 async def test_a_large_body_may_come_over_a_slow_line(model_dir: Path) -> None:
-    async with door(model_dir) as at:
+    timeout_s = 5.0
+    async with door(model_dir, client_timeout_s=timeout_s) as at:
         reader, writer = await at.connect()
-        messages = [{"role": "user", "content": "word " * 9000}]
+        messages = [{"role": "user", "content": "word " * 60_000}]
         request, begun_s = request_of({"model": MODEL, "messages": messages}), time.monotonic()
-        for i in range(0, len(request), 4000):
-            writer.write(request[i : i + 4000])
-            await asyncio.sleep(0.08)  # three times the least rate
-        assert time.monotonic() - begun_s > 2 * TIMEOUT_S
+        for i in range(0, len(request), 10_000):
+            writer.write(request[i : i + 10_000])
+            await asyncio.sleep(0.2)  # three times the least rate
+        assert time.monotonic() - begun_s > timeout_s * 1.1
         assert b"201" in await reader.readline()
         writer.close()
 
@@ -326,11 +332,14 @@ async def stalls(request: web.Request) -> web.StreamResponse:
 
 async def test_an_engine_that_is_silent_is_a_504_and_stays_in_use(model_dir: Path) -> None:
     routes = [web.post("/v1/completions", silent), web.post("/v1/chat/completions", stalls)]
-    async with door(model_dir, routes=routes, engine_timeout_s=0.3) as at:
-        for _ in range(4):  # one more than eject an engine
-            answer = await at.http.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
+    async with door(model_dir, routes=routes, engine_timeout_s=3) as at:
+        asked = {"model": MODEL, "prompt": "x"}
+        *answers, broken = await asyncio.gather(
+            *(at.http.post("/v1/completions", json=asked) for _ in range(4)),  # 3 eject an engine
+            at.http.post("/v1/chat/completions", json=BODY),
+        )
+        for answer in answers:
             assert (answer.status_code, answer.json()["error"]["code"]) == (504, "engine_timeout")
-        broken = await at.http.post("/v1/chat/completions", json=BODY)
         assert broken.status_code == 200
         events = [line for line in broken.text.split("\n\n") if line.startswith("data: ")]
         assert orjson.loads(events[-1][6:])["error"]["code"] == "engine_timeout"

@@ -57,7 +57,7 @@ async def test_the_engine_is_asked_for_head_chunks_in_order_and_tail(
 
 
 async def test_chunks_that_arrive_during_an_operation_go_into_the_next_one(stack: Stack) -> None:
-    stack.engine.core.delay_s = lambda: 1.0
+    stack.engine.core.delay_s = lambda: 2.0
     stack.engine.core.operations.clear()
     try:
         async with stack.client.stream(MODEL, MESSAGES) as stream:
