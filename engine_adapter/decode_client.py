@@ -73,7 +73,7 @@ class DecodeClient:
             await self._server.healthy(timeout_s=timeout_s)
             load = await self._server.load(timeout_s=timeout_s)
             if self._met is None or self._met.started_s != load.started_s:
-                self._met = _Met(await self._server.identify(), load.started_s)
+                self._met = _Met(await self._server.identify(timeout_s=timeout_s), load.started_s)
             return self._met, load
 
     @asynccontextmanager

@@ -85,7 +85,7 @@ class PlainClient:
             load = await self._server.load(timeout_s=timeout_s)
             life = load.started_s if load.started_s is not None else self._lost
             if self._met is None or self._met.life != life:
-                identity = await self._server.identify()
+                identity = await self._server.identify(timeout_s=timeout_s)
                 await self.close()
                 self._met = _Met(self._server, identity, load, life)
             return self._met

@@ -155,29 +155,33 @@ class PlainServer:
         self._read_s = -float("inf")
         self._reading = asyncio.Lock()
 
-    async def identify(self) -> Identity:
+    async def identify(self, *, timeout_s: float = LOAD_TIMEOUT_S) -> Identity:
         """What the server is.
+
+        Args:
+            timeout_s: longest wait for each of its answers.
 
         Raises:
             EngineUnavailable: it can't be reached, or lacks what warming needs. Says what.
         """
-        cards = await self._get(_Cards, "/v1/models")
+        cards = await self._get(_Cards, "/v1/models", timeout_s)
         if not cards.data:
             raise EngineUnavailable(f"{self.url} serves no model")
         card = cards.data[0]
-        max_model_len = card.max_model_len or await self._context_tokens()
+        max_model_len = card.max_model_len or await self._context_tokens(timeout_s)
         await self._probe(card.id)
         try:
-            version = (await self._get(_Version, "/version")).version
+            version = (await self._get(_Version, "/version", timeout_s)).version
         except EngineUnavailable:
             version = ""
         name = f"{card.owned_by or 'unknown'} {version} without the plug-in"
         return Identity(" ".join(name.split()), card.id, max_model_len)
 
-    async def _context_tokens(self) -> int:
+    async def _context_tokens(self, timeout_s: float) -> int:
         """Tokens of prompt and answer together, where the list of models does not say."""
         try:
-            return int((await self._get(_Props, "/props")).default_generation_settings["n_ctx"])
+            props = await self._get(_Props, "/props", timeout_s)
+            return int(props.default_generation_settings["n_ctx"])
         except (EngineUnavailable, KeyError, TypeError, ValueError) as e:
             raise EngineUnavailable(
                 f"{self.url} can't be used: it does not say how many tokens prompt and answer may "
@@ -244,10 +248,10 @@ class PlainServer:
                 raise refused(response.status, await response.read())
             yield response
 
-    async def _get(self, kind: type[M], path: str) -> M:
-        return read(kind, await self._text(path))
+    async def _get(self, kind: type[M], path: str, timeout_s: float) -> M:
+        return read(kind, await self._text(path, timeout_s))
 
-    async def _text(self, path: str, timeout_s: float = LOAD_TIMEOUT_S) -> bytes:
+    async def _text(self, path: str, timeout_s: float) -> bytes:
         """The body of a route, empty where there is no such route."""
         timeout = aiohttp.ClientTimeout(total=timeout_s, connect=2.0)
         async with (

@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class Run:
     ended: dict[str, int]
     back_s: float
     """From the last answer until all KV was free again; -1 if it did not get free."""
-    resumed: int = 0
+    resumed: int
     """How often an answer was gone on with after an engine broke off or KV did not come."""
 
 
@@ -242,6 +242,7 @@ async def run(
     rng = random.Random(f"{failure} {seed}")
     asked = queries(rng, options.streams)
     at_s = rng.uniform(0.2, options.last_s)
+    resumed_before = await resumed(bed.front)
     async with Client(bed.front.url, timeout_s=options.patience) as client:
         got: list[list[str]] = [[] for _ in asked]
         ended_s: list[float] = [0.0] * len(asked)
@@ -274,7 +275,8 @@ async def run(
         ended_at_s = time.monotonic()
     back_s = await idle_after(bed, ended_at_s)
     counted = Counter(outcome(e) for e in endings) if fail else Counter(left=len(endings))
-    return Run(failure, seed, at_s, begun, dict(counted), back_s), endings
+    gone_on = await resumed(bed.front) - resumed_before
+    return Run(failure, seed, at_s, begun, dict(counted), back_s, gone_on), endings
 
 
 def ending(query: Query, task: asyncio.Task[None], text: str, late_s: float) -> Ending:
@@ -337,9 +339,14 @@ async def told(http: httpx.AsyncClient, server: Server) -> list[str]:
     return [line for line in metrics.splitlines() if line.startswith(BUSY)]
 
 
+def total(samples: Sequence[str]) -> float:
+    """Of the values of metrics, one in each line."""
+    return sum(float(sample.rsplit(" ", 1)[1]) for sample in samples)
+
+
 async def idle(http: httpx.AsyncClient, server: Server) -> bool:
     """Whether an engine has no request, no open prompt and no KV that anybody holds."""
-    used = sum(float(line.rsplit(" ", 1)[1]) for line in await told(http, server))
+    used = total(await told(http, server))
     info = await http.get(server.url + "/stream2llm/info")
     return used == 0 and (info.status_code != 200 or info.json()["open_prompts"] == 0)
 
@@ -370,8 +377,7 @@ async def resumed(front: Server) -> int:
     """How often the gateway has gone on with an answer so far."""
     async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
         metrics = (await http.get(front.url + "/metrics")).text
-    counts = [line for line in metrics.splitlines() if line.startswith(RESUMED)]
-    return round(sum(float(line.rsplit(" ", 1)[1]) for line in counts))
+    return round(total([line for line in metrics.splitlines() if line.startswith(RESUMED)]))
 
 
 async def wholes(bed: Bed, endings: list[Ending]) -> list[str]:
@@ -422,9 +428,7 @@ async def inject(bed: Bed, options: argparse.Namespace) -> tuple[list[Run], list
         before = len(runs)
         for seed in range(options.seed, options.seed + options.runs):
             await known(bed.front)
-            before_resumed = await resumed(bed.front)
             done, endings = await run(bed, failure, seed, options)
-            done = replace(done, resumed=await resumed(bed.front) - before_resumed)
             found = []
             if FAILURES[failure] is not None:
                 await known(bed.whole)

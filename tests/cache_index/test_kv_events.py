@@ -424,7 +424,9 @@ async def ends_agreed(bursts: list[list[Act]]) -> None:
 
 
 histories = given(bursts=st.lists(st.lists(ACTS, max_size=8), min_size=1, max_size=4))
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+patient = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @settings(patient, max_examples=4)

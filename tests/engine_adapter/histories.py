@@ -6,13 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from engine_adapter.errors import PromptFinished
 from engine_adapter.scheduling.policies import POLICIES
 from tests.engine_adapter.harness import MAX_MODEL_LEN, Engine, expected_answer
-
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class History:

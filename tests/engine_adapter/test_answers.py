@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
@@ -169,7 +169,7 @@ async def lived(model_dir: Path, seed: int, blocks: int, at_once: int) -> Counte
 
 
 @pytest.mark.parametrize("blocks", [SMALL_POOL_BLOCKS, 400], ids=["small pool", "large pool"])
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), at_once=st.integers(1, 6))
 async def test_the_answer_is_to_the_newest_prompt_whatever_overtakes_what(
     model_dir: Path, blocks: int, seed: int, at_once: int

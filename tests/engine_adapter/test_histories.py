@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from engine_adapter.scheduling import fairness
 from tests.engine_adapter.harness import BLOCK_SIZE, MAX_MODEL_LEN, SMALL_POOL_BLOCKS
-from tests.engine_adapter.histories import History, answered_exactly, patient
+from tests.engine_adapter.histories import History, answered_exactly
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ pools = pytest.mark.parametrize(
 
 
 @pools
-@settings(patient, max_examples=60)
+@settings(max_examples=60)
 @histories
 def test_every_history_is_answered_exactly_and_leaves_no_block(
     model_dir: Path, blocks: int, host_blocks: int, seed: int, actions: int
@@ -34,7 +34,7 @@ def test_every_history_is_answered_exactly_and_leaves_no_block(
     answered_exactly(model_dir, blocks, seed, actions, host_blocks)
 
 
-@settings(patient, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), actions=st.integers(5, 80), tenants=st.sampled_from([2, 3, 12]))
 def test_every_history_of_several_tenants_is_answered_exactly_and_leaves_no_block(
     model_dir: Path, seed: int, actions: int, tenants: int
@@ -42,7 +42,7 @@ def test_every_history_of_several_tenants_is_answered_exactly_and_leaves_no_bloc
     answered_exactly(model_dir, SMALL_POOL_BLOCKS, seed, actions, tenants=tenants)
 
 
-@settings(patient, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     tenants=st.sampled_from([2, 3, 5, 12]),
@@ -81,7 +81,7 @@ def answer_crowd(model_dir: Path, seed: int, tenants: int, blocks: int, host_blo
 
 @pytest.mark.engine  # not for its needs, for its time
 @pools
-@settings(patient, max_examples=1000)
+@settings(max_examples=1000)
 @histories
 def test_four_thousand_histories(
     model_dir: Path, blocks: int, host_blocks: int, seed: int, actions: int

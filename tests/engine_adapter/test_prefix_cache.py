@@ -18,7 +18,7 @@ from cache_index.event_stream import read
 from cache_index.mirror import Mirror, Snapshot, unpacked
 from engine_adapter.errors import BadOperation
 from tests.engine_adapter.harness import SMALL_POOL_BLOCKS, Engine, _engine_config
-from tests.engine_adapter.histories import History, patient
+from tests.engine_adapter.histories import History
 
 
 class Told(NullEventPublisher):
@@ -39,7 +39,7 @@ def published(engine: Engine) -> Told:
     return told
 
 
-@settings(patient, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     actions=st.integers(5, 80),

@@ -190,19 +190,18 @@ async def test_a_prompt_counts_as_queued_only_as_far_as_its_engine_may_not_have_
     prefill = Prefill("p")
     async with begun(World([prefill], [])) as stream:
 
-        async def is_there() -> bool:
-            return stream.line.confirmed == 6
+        async def has(tokens: int) -> None:
+            async def so() -> bool:
+                return stream.line.confirmed == tokens
 
-        await until(is_there, within_s=3)
+            await until(so, within_s=3)
+
+        await has(6)
         assert stream.line.unread(8) == 8  # it was placed there since the engine was polled
         prefill.engine.polled_s = time.monotonic()
         assert stream.line.unread(8) == 2
         stream.take([Document((10,) * 20, None)])
-
-        async def is_longer() -> bool:
-            return stream.line.confirmed == 26
-
-        await until(is_longer, within_s=3)
+        await has(26)
         assert stream.line.unread(28) == 22  # what came after the poll did not wait then
         prefill.engine.polled_s = time.monotonic()
         assert stream.line.unread(28) == 2
