@@ -29,6 +29,9 @@ ANSWER_TOKENS = 24
 LONG = 250
 """An answer of so many tokens goes on for longer than it takes to kill an engine."""
 QUESTION = [{"role": "user", "content": "Tell me a story about {{documents}}."}]
+WORDS = [
+    "the", "of", "engine", "token", "naïve", "北京", "Ωmega", "{", "==", "3.14", "<|im_end|>", "🙂",
+]  # fmt: skip
 TEXTS = ["a king and his daughter", "the sea at night", "北京 in the rain", "3.14 wolves", "a mill"]
 
 pytestmark = pytest.mark.timeout(900)
@@ -62,7 +65,7 @@ def servers(model_dir: Path) -> Iterator[tuple[Server, Server, Server]]:
             server.wait_ready(400)
         flags = [
             "--decode-engine", decodes.url, "--handoff-idle-tokens", "-1",
-            "--handoff-timeout-s", "20", "--poll-timeout-s", "30", "--tokenizer", str(model_dir),
+            "--handoff-timeout-s", "60", "--poll-timeout-s", "30", "--tokenizer", str(model_dir),
         ]  # fmt: skip
         front = running.enter_context(gateway([reads.url], flags))
         front.start().wait_ready(60)
@@ -145,6 +148,37 @@ async def test_answers_are_those_of_one_engine(
         assert handoff["resumed"] == 0, handoff
         assert stream.usage is not None
         assert stream.usage["completion_tokens"] == ANSWER_TOKENS
+    await quiet(pair)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_histories_at_once_are_answered_as_if_sent_whole(
+    pair: Pair, http: httpx.AsyncClient, builder: PromptBuilder, seed: int
+) -> None:
+    """Appends and updates in any pieces and at any pace, eight at a time."""
+
+    async def one(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")
+        texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 40))) for _ in range(6)]
+        documents: list[str] = []
+        async with pair.client.stream(
+            MODEL, QUESTION, max_tokens=ANSWER_TOKENS, **pair.options()
+        ) as stream:
+            for text in texts[: rng.randint(1, 6)]:
+                await asyncio.sleep(rng.choice([0.0, 0.0, 0.02, 0.1, 0.4]))
+                if number % 2:
+                    documents = rng.sample([*documents, text], rng.randint(1, len(documents) + 1))
+                    await stream.replace([{"id": known, "text": known} for known in documents])
+                else:
+                    documents.append(text)
+                    await stream.send(text)
+            answer = "".join([piece async for piece in stream.answer()])
+            handoff = (await stream.status())["handoff"]
+        assert answer == await whole(http, builder, pair, documents, ANSWER_TOKENS)
+        assert handoff["decided"], handoff
+        assert handoff["resumed"] == 0, handoff
+
+    await asyncio.gather(*(one(number) for number in range(8)))
     await quiet(pair)
 
 
